@@ -1,0 +1,91 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""
+Cluster-guided Sparse Experts for Hugging Face Transformers.
+
+Importing the package registers its configurations, models and tokenizers with the Auto classes. What trains and
+clusters is imported when it is first asked for, so that loading a model needs torch and transformers alone.
+"""
+
+from importlib import import_module
+
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertTokenizer,
+    GPT2Tokenizer,
+)
+from transformers.models.auto import modeling_auto
+
+from . import modeling_cse_bert as _bert
+from . import modeling_cse_gpt2 as _gpt2
+from .configuration_cse import BERT_AUTO_MAP, GPT2_AUTO_MAP, CSEBertConfig, CSEGPT2Config
+from .modeling_cse_bert import (
+    CSEBertForMaskedLM,
+    CSEBertForMultipleChoice,
+    CSEBertForNextSentencePrediction,
+    CSEBertForPreTraining,
+    CSEBertForQuestionAnswering,
+    CSEBertForSequenceClassification,
+    CSEBertForTokenClassification,
+    CSEBertModel,
+)
+from .modeling_cse_gpt2 import (
+    CSEGPT2ForCausalLM,
+    CSEGPT2ForQuestionAnswering,
+    CSEGPT2ForSequenceClassification,
+    CSEGPT2ForTokenClassification,
+    CSEGPT2Model,
+)
+
+
+__version__ = "0.1.0.dev0"
+
+_LAZY = {"ClusterExpertsCallback": ".training", "fit_experts": ".training"}
+
+
+def _register() -> None:
+    families = (
+        (CSEGPT2Config, GPT2_AUTO_MAP, _gpt2, GPT2Tokenizer),
+        (CSEBertConfig, BERT_AUTO_MAP, _bert, BertTokenizer),
+    )
+    for config_class, auto_map, module, tokenizer_class in families:
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoTokenizer.register(config_class, tokenizer_class, exist_ok=True)
+        for auto_class, name in auto_map.items():
+            if auto_class != "AutoConfig":
+                model_class = getattr(module, name.split(".")[-1])
+                getattr(modeling_auto, auto_class).register(config_class, model_class, exist_ok=True)
+
+
+_register()
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
+__all__ = [
+    "CSEBertConfig",
+    "CSEBertForMaskedLM",
+    "CSEBertForMultipleChoice",
+    "CSEBertForNextSentencePrediction",
+    "CSEBertForPreTraining",
+    "CSEBertForQuestionAnswering",
+    "CSEBertForSequenceClassification",
+    "CSEBertForTokenClassification",
+    "CSEBertModel",
+    "CSEGPT2Config",
+    "CSEGPT2ForCausalLM",
+    "CSEGPT2ForQuestionAnswering",
+    "CSEGPT2ForSequenceClassification",
+    "CSEGPT2ForTokenClassification",
+    "CSEGPT2Model",
+    "ClusterExpertsCallback",
+    "fit_experts",
+]

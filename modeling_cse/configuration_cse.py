@@ -1,0 +1,209 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Configurations: the stock GPT-2 and BERT fields plus the flags that choose where and how experts are used."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import BertConfig, GPT2Config
+
+
+MODULES = ("ffn",)
+COMBINES = ("replace", "add")
+ROUTINGS = ("discriminant", "sequence")
+
+# Rows of the fused expert tensors must start on 16-byte boundaries for the grouped matrix product, in bf16 too.
+WIDTH_MULTIPLE = 8
+
+GPT2_AUTO_MAP = {
+    "AutoConfig": "configuration_cse.CSEGPT2Config",
+    "AutoModel": "modeling_cse_gpt2.CSEGPT2Model",
+    "AutoModelForCausalLM": "modeling_cse_gpt2.CSEGPT2ForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_cse_gpt2.CSEGPT2ForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_cse_gpt2.CSEGPT2ForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_cse_gpt2.CSEGPT2ForQuestionAnswering",
+}
+BERT_AUTO_MAP = {
+    "AutoConfig": "configuration_cse.CSEBertConfig",
+    "AutoModel": "modeling_cse_bert.CSEBertModel",
+    "AutoModelForMaskedLM": "modeling_cse_bert.CSEBertForMaskedLM",
+    "AutoModelForPreTraining": "modeling_cse_bert.CSEBertForPreTraining",
+    "AutoModelForNextSentencePrediction": "modeling_cse_bert.CSEBertForNextSentencePrediction",
+    "AutoModelForSequenceClassification": "modeling_cse_bert.CSEBertForSequenceClassification",
+    "AutoModelForMultipleChoice": "modeling_cse_bert.CSEBertForMultipleChoice",
+    "AutoModelForTokenClassification": "modeling_cse_bert.CSEBertForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_cse_bert.CSEBertForQuestionAnswering",
+}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(repr=False, kw_only=True)
+class CSEFlags:
+    """
+    The flags both families share. They are validated together, so that a wrong one raises a plain `ValueError`.
+
+    Args:
+        cse_layers (`list[int]`, *optional*):
+            Layers that get cluster-guided experts; negative indices count from the end. `None` means the last two
+            layers (the paper's setting), an empty list means exactly the dense model.
+        cse_modules (`list[str]`, defaults to `["ffn"]`):
+            Which modules of those layers get experts. Allowed: `"ffn"`.
+        cse_combine (`str`, defaults to `"replace"`):
+            `"replace"`: a routed token goes through its expert instead of the base FFN, and experts start as copies
+            of it (the paper). `"add"`: base plus expert, whose output layer starts at zero.
+        cse_num_experts (`int`, defaults to 4):
+            Expert slots per layer.
+        cse_expert_size (`int`, *optional*):
+            Width of an expert, a multiple of 8. Default: the base width (`"replace"`), or the base width over the
+            number of slots (`"add"`), rounded up to a multiple of 8. `"replace"` takes no width below the base's.
+        cse_routing (`str`):
+            `"discriminant"` (default of GPT-2): each token by its own state, causal. `"sequence"` (default of BERT):
+            the whole sequence by its masked mean state.
+        cse_radius_scaling (`bool`, defaults to `True`):
+            `"sequence"` only: divide the distance to a centroid by the cluster's radius.
+        cse_max_clusters (`int`, *optional*):
+            Clusters a router can hold, common ones included. Default: the larger of 16 and twice the slots.
+    """
+
+    # `Any` keeps the type checks of `@strict` away: they raise an error class of their own, which is no ValueError.
+    cse_layers: Any = None
+    cse_modules: Any = ("ffn",)
+    cse_combine: Any = "replace"
+    cse_num_experts: Any = 4
+    cse_expert_size: Any = None
+    cse_routing: Any = "discriminant"
+    cse_radius_scaling: Any = True
+    cse_max_clusters: Any = None
+    output_router_logits: bool = False
+    output_cluster_ids: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.cse_modules = list(self.cse_modules) if isinstance(self.cse_modules, tuple) else self.cse_modules
+        self.cse_layers = list(self.cse_layers) if isinstance(self.cse_layers, tuple) else self.cse_layers
+        self.validate_cse_flags()
+
+    def validate_cse_flags(self) -> None:
+        """Raises `ValueError` naming the flag, its value and what is allowed. Models call it again when they are
+        built, because `from_pretrained(..., flag=value)` sets flags on a finished config."""
+        indices = self.cse_layer_indices
+        self._require_subset("cse_modules", MODULES)
+        for flag, allowed in (("cse_combine", COMBINES), ("cse_routing", ROUTINGS)):
+            if getattr(self, flag) not in allowed:
+                raise ValueError(f"{flag}={getattr(self, flag)!r} is not allowed: it must be one of {list(allowed)}.")
+        if not isinstance(self.cse_radius_scaling, bool):
+            raise ValueError(f"cse_radius_scaling={self.cse_radius_scaling!r} is not allowed: it must be a bool.")
+        if not _is_int(self.cse_num_experts) or self.cse_num_experts < 1:
+            raise ValueError(f"cse_num_experts={self.cse_num_experts!r} is not allowed: it must be an int >= 1.")
+        most = self.cse_max_clusters
+        if most is not None and (not _is_int(most) or most < 1):
+            raise ValueError(f"cse_max_clusters={most!r} is not allowed: it must be None or an int >= 1.")
+        if indices:
+            self._validate_widths()
+
+    def _require_subset(self, flag: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, flag)
+        if not isinstance(value, list | tuple) or not value or not set(value) <= set(allowed):
+            raise ValueError(f"{flag}={value!r} is not allowed: it must be a non-empty list out of {list(allowed)}.")
+
+    def _validate_widths(self) -> None:
+        size, base = self.cse_expert_size, self.base_ffn_size
+        if self.hidden_size % WIDTH_MULTIPLE:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not allowed in a model with cse_layers: it must be a multiple of "
+                f"{WIDTH_MULTIPLE}."
+            )
+        if size is None:
+            return
+        least = base if self.cse_combine == "replace" else 1
+        if not _is_int(size) or size < least or size % WIDTH_MULTIPLE:
+            raise ValueError(
+                f"cse_expert_size={size!r} is not allowed: with cse_combine={self.cse_combine!r} it must be None or a "
+                f"multiple of {WIDTH_MULTIPLE}" + (f" that is at least the base width {base}." if least > 1 else ".")
+            )
+
+    @property
+    def cse_layer_indices(self) -> list[int]:
+        """The layers of `cse_layers` as sorted indices from the front."""
+        depth, layers = self.num_hidden_layers, self.cse_layers
+        if layers is None:
+            layers = range(max(depth - 2, 0), depth)
+        if isinstance(layers, str) or not hasattr(layers, "__iter__") or not all(_is_int(i) for i in layers):
+            raise ValueError(f"cse_layers={layers!r} is not allowed: it must be None or a list of ints.")
+        for index in layers:
+            if not -depth <= index < depth:
+                raise ValueError(
+                    f"cse_layers={list(layers)!r} is not allowed: {index} is out of range for a model of {depth} "
+                    f"layers, it must be from {-depth} to {depth - 1}."
+                )
+        indices = sorted(index % depth for index in layers)
+        if len(set(indices)) != len(indices):
+            raise ValueError(f"cse_layers={list(layers)!r} is not allowed: it names a layer twice.")
+        return indices
+
+    @property
+    def expert_size(self) -> int:
+        """Width of an expert, defaults resolved."""
+        if self.cse_expert_size is not None:
+            return self.cse_expert_size
+        base = self.base_ffn_size
+        width = base if self.cse_combine == "replace" else -(-base // self.cse_num_experts)
+        return -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+    @property
+    def max_clusters(self) -> int:
+        """Clusters a router can hold, default resolved."""
+        return max(16, 2 * self.cse_num_experts) if self.cse_max_clusters is None else self.cse_max_clusters
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        # Upstream maps the saved head alone, so that every other head would fail to load without this package.
+        self.auto_map = {**self._heads_auto_map, **(getattr(self, "auto_map", None) or {})}
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+@strict
+class CSEGPT2Config(CSEFlags, GPT2Config):
+    __doc__ = "Configuration of a GPT-2 with cluster-guided sparse experts.\n" + CSEFlags.__doc__
+
+    model_type = "cse_gpt2"
+    _auto_class = "AutoConfig"
+    _heads_auto_map = GPT2_AUTO_MAP
+    base_model_fsdp_plan = {"wte": "free_full_weight", "h.*": "free_full_weight", "ln_f": "keep_full_weight"}
+
+    @property
+    def base_ffn_size(self) -> int:
+        return self.n_inner if self.n_inner is not None else 4 * self.n_embd
+
+    @property
+    def ffn_activation(self) -> str:
+        return self.activation_function
+
+
+@strict
+class CSEBertConfig(CSEFlags, BertConfig):
+    __doc__ = "Configuration of a BERT with cluster-guided sparse experts.\n" + CSEFlags.__doc__
+
+    model_type = "cse_bert"
+    _auto_class = "AutoConfig"
+    _heads_auto_map = BERT_AUTO_MAP
+    base_model_fsdp_plan = {
+        "embeddings": "free_full_weight",
+        "encoder.layer.*": "free_full_weight",
+        "pooler": "keep_full_weight",
+    }
+
+    cse_routing: Any = "sequence"
+
+    @property
+    def base_ffn_size(self) -> int:
+        return self.intermediate_size
+
+    @property
+    def ffn_activation(self) -> str:
+        return self.hidden_act
+
+
+__all__ = ["CSEBertConfig", "CSEGPT2Config"]

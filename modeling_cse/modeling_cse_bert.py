@@ -1,0 +1,266 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""BERT with cluster-guided sparse experts: only what differs from the in-tree model."""
+
+from torch import nn
+from transformers.integrations import use_experts_implementation
+from transformers.models.bert.modeling_bert import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertLayer,
+    BertModel,
+    BertOnlyMLMHead,
+    BertOnlyNSPHead,
+    BertPreTrainedModel,
+    BertPreTrainingHeads,
+)
+from transformers.pytorch_utils import apply_chunking_to_forward
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
+
+from .configuration_cse import CSEBertConfig
+from .experts_cse import CSEExperts, RoutedFFN
+from .outputs_cse import CSEMaskedLMOutput, CSEPreTrainingOutput, carries_routing
+from .pretrained_cse import CSEPreTrainedMixin
+from .routing_cse import ClusterRouter, SequenceScope, warn_that_routes_see_the_future
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class CSEBertExperts(CSEExperts):
+    """The shared experts; transformers wants the decorator in this file."""
+
+
+class CSEBertMLP(nn.Module):
+    """Router and experts of a layer. The base FFN stays where BERT has it, under its stock parameter names."""
+
+    def __init__(self, config: CSEBertConfig):
+        super().__init__()
+        self.router = ClusterRouter(config)
+        self.experts = CSEBertExperts(config)
+
+
+class CSEBertLayer(RoutedFFN, BertLayer):
+    """The stock layer with experts beside its FFN."""
+
+    def __init__(self, config: CSEBertConfig, layer_idx: int | None = None):
+        super().__init__(config, layer_idx=layer_idx)
+        self.mlp = CSEBertMLP(config)
+        self.scope = SequenceScope()
+        # The stock layer would cut the sequence before the router has seen it: only the base FFN is chunked here.
+        self.ffn_chunk_size, self.chunk_size_feed_forward = self.chunk_size_feed_forward, 0
+
+    @property
+    def router(self) -> ClusterRouter:
+        return self.mlp.router
+
+    @property
+    def experts(self) -> CSEExperts:
+        return self.mlp.experts
+
+    def base_ffn(self, states):
+        def chunk(part):
+            return self.output.dense(self.intermediate(part))
+
+        return apply_chunking_to_forward(chunk, self.ffn_chunk_size, 1, states) if states.dim() == 3 else chunk(states)
+
+    def base_weights(self):
+        return {
+            "up_proj": self.intermediate.dense.weight,
+            "up_proj_bias": self.intermediate.dense.bias,
+            "down_proj": self.output.dense.weight,
+            "down_proj_bias": self.output.dense.bias,
+        }
+
+    def forward(self, *args, sequence_scope: SequenceScope = SequenceScope(), **kwargs):
+        self.scope = sequence_scope
+        return super().forward(*args, **kwargs)
+
+    def feed_forward_chunk(self, attention_output):
+        ffn_output = self.output.dropout(self.routed_ffn(attention_output, self.scope))
+        return self.output.LayerNorm(ffn_output + attention_output)
+
+
+class CSEBertPreTrainedModel(CSEPreTrainedMixin, BertPreTrainedModel):
+    config: CSEBertConfig
+    config_class = CSEBertConfig
+    _can_record_outputs = {
+        **BertPreTrainedModel._can_record_outputs,
+        "router_logits": OutputRecorder(ClusterRouter, index=0),
+        "cluster_ids": OutputRecorder(ClusterRouter, index=1),
+    }
+
+
+class CSEBertModel(CSEBertPreTrainedModel, BertModel):
+    _auto_class = "AutoModel"
+    _no_split_modules = ["BertEmbeddings", "BertLayer", "CSEBertLayer"]
+
+    def __init__(self, config: CSEBertConfig, add_pooling_layer: bool = True):
+        super().__init__(config, add_pooling_layer=add_pooling_layer)
+        for index in config.cse_layer_indices:
+            self.encoder.layer[index] = CSEBertLayer(config, layer_idx=index)
+        if config.cse_layer_indices:  # otherwise the stock model has drawn its weights already
+            self.post_init()
+
+    def routed_ffns(self) -> dict[int, RoutedFFN]:
+        """The FFNs with experts, by layer index."""
+        return {index: self.encoder.layer[index] for index in self.config.cse_layer_indices}
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        if self.config.cse_routing == "sequence" and self.config.cse_layer_indices:
+            if self.config.is_decoder:
+                warn_that_routes_see_the_future(type(self).__name__)
+            kwargs["sequence_scope"] = SequenceScope.of(attention_mask, kwargs.get("position_ids"))
+        return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class CSEBertForMaskedLM(CSEBertPreTrainedModel, BertForMaskedLM):
+    _auto_class = "AutoModelForMaskedLM"
+
+    # The stock heads build a stock base: each `__init__` below stands for theirs, but for the base.
+    def __init__(self, config: CSEBertConfig):
+        super(BertForMaskedLM, self).__init__(config)
+        self.bert = CSEBertModel(config, add_pooling_layer=False)
+        self.cls = BertOnlyMLMHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        labels=None,
+        num_items_in_batch=None,
+        **kwargs,
+    ):
+        """As the stock head, but with a loss that is right under gradient accumulation: the stock one is a mean over
+        the micro-batch, which `Trainer` then takes for a sum over `num_items_in_batch` tokens."""
+        outputs = super().forward(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            return_dict=True,
+            **kwargs,
+        )
+        if labels is None:
+            return outputs
+        loss = self.loss_function(
+            outputs.logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+        )
+        return CSEMaskedLMOutput(loss=loss, **outputs)
+
+    forward = carries_routing(forward, CSEMaskedLMOutput)
+
+
+class CSEBertForPreTraining(CSEBertPreTrainedModel, BertForPreTraining):
+    _auto_class = "AutoModelForPreTraining"
+    accepts_loss_kwargs = False  # the stock loss is a mean over the micro-batch
+
+    def __init__(self, config: CSEBertConfig):
+        super(BertForPreTraining, self).__init__(config)
+        self.bert = CSEBertModel(config)
+        self.cls = BertPreTrainingHeads(config)
+        self.post_init()
+
+    forward = carries_routing(BertForPreTraining.forward, CSEPreTrainingOutput)
+
+
+class CSEBertForNextSentencePrediction(CSEBertPreTrainedModel, BertForNextSentencePrediction):
+    _auto_class = "AutoModelForNextSentencePrediction"
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: CSEBertConfig):
+        super(BertForNextSentencePrediction, self).__init__(config)
+        self.bert = CSEBertModel(config)
+        self.cls = BertOnlyNSPHead(config)
+        self.post_init()
+
+    forward = carries_routing(BertForNextSentencePrediction.forward)
+
+
+def _classifier_dropout(config: CSEBertConfig) -> nn.Dropout:
+    dropout = config.classifier_dropout
+    return nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+
+
+class CSEBertForSequenceClassification(CSEBertPreTrainedModel, BertForSequenceClassification):
+    _auto_class = "AutoModelForSequenceClassification"
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: CSEBertConfig):
+        super(BertForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = CSEBertModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    forward = carries_routing(BertForSequenceClassification.forward)
+
+
+class CSEBertForMultipleChoice(CSEBertPreTrainedModel, BertForMultipleChoice):
+    _auto_class = "AutoModelForMultipleChoice"
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: CSEBertConfig):
+        super(BertForMultipleChoice, self).__init__(config)
+        self.bert = CSEBertModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    forward = carries_routing(BertForMultipleChoice.forward)
+
+
+class CSEBertForTokenClassification(CSEBertPreTrainedModel, BertForTokenClassification):
+    _auto_class = "AutoModelForTokenClassification"
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: CSEBertConfig):
+        super(BertForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = CSEBertModel(config, add_pooling_layer=False)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    forward = carries_routing(BertForTokenClassification.forward)
+
+
+class CSEBertForQuestionAnswering(CSEBertPreTrainedModel, BertForQuestionAnswering):
+    _auto_class = "AutoModelForQuestionAnswering"
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: CSEBertConfig):
+        super(BertForQuestionAnswering, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = CSEBertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    forward = carries_routing(BertForQuestionAnswering.forward)
+
+
+__all__ = [
+    "CSEBertForMaskedLM",
+    "CSEBertForMultipleChoice",
+    "CSEBertForNextSentencePrediction",
+    "CSEBertForPreTraining",
+    "CSEBertForQuestionAnswering",
+    "CSEBertForSequenceClassification",
+    "CSEBertForTokenClassification",
+    "CSEBertModel",
+    "CSEBertPreTrainedModel",
+]

@@ -1,0 +1,185 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""GPT-2 with cluster-guided sparse experts: only what differs from the in-tree model."""
+
+from torch import nn
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
+from transformers.models.gpt2.modeling_gpt2 import (
+    GPT2MLP,
+    GPT2Block,
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+    GPT2PreTrainedModel,
+)
+from transformers.utils.output_capturing import OutputRecorder
+
+from .configuration_cse import CSEGPT2Config
+from .experts_cse import CSEExperts, RoutedFFN
+from .outputs_cse import CSECausalLMOutput, carries_routing
+from .pretrained_cse import CSEPreTrainedMixin
+from .routing_cse import ClusterRouter, SequenceScope, warn_that_routes_see_the_future
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class CSEGPT2Experts(CSEExperts):
+    """The shared experts; transformers wants the decorator in this file."""
+
+
+class CSEGPT2MLP(RoutedFFN, GPT2MLP):
+    """The stock FFN under its stock parameter names, beside a router and experts."""
+
+    def __init__(self, intermediate_size: int, config: CSEGPT2Config):
+        super().__init__(intermediate_size, config)
+        self.router = ClusterRouter(config)
+        self.experts = CSEGPT2Experts(config)
+        self.scope = SequenceScope()
+
+    def base_ffn(self, states):
+        return self.c_proj(self.act(self.c_fc(states)))
+
+    def base_weights(self):
+        return {
+            "up_proj": self.c_fc.weight.T,
+            "up_proj_bias": self.c_fc.bias,
+            "down_proj": self.c_proj.weight.T,
+            "down_proj_bias": self.c_proj.bias,
+        }
+
+    def forward(self, hidden_states):
+        return self.dropout(self.routed_ffn(hidden_states, self.scope))
+
+
+class CSEGPT2Block(GPT2Block):
+    """Hands its FFN the scope of the sequences, also when a checkpointed block is computed again."""
+
+    def __init__(self, config: CSEGPT2Config, layer_idx: int | None = None):
+        super().__init__(config, layer_idx=layer_idx)
+        self.mlp = CSEGPT2MLP(config.base_ffn_size, config)
+
+    def forward(self, *args, sequence_scope: SequenceScope = SequenceScope(), **kwargs):
+        self.mlp.scope = sequence_scope
+        return super().forward(*args, **kwargs)
+
+
+class CSEGPT2PreTrainedModel(CSEPreTrainedMixin, GPT2PreTrainedModel):
+    config: CSEGPT2Config
+    config_class = CSEGPT2Config
+    _no_split_modules = ["GPT2Block", "CSEGPT2Block"]
+    _can_record_outputs = {
+        **GPT2PreTrainedModel._can_record_outputs,
+        "router_logits": OutputRecorder(ClusterRouter, index=0),
+        "cluster_ids": OutputRecorder(ClusterRouter, index=1),
+    }
+
+
+class CSEGPT2Model(CSEGPT2PreTrainedModel, GPT2Model):
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: CSEGPT2Config):
+        super().__init__(config)
+        for index in config.cse_layer_indices:
+            self.h[index] = CSEGPT2Block(config, layer_idx=index)
+        if config.cse_layer_indices:  # otherwise the stock model has drawn its weights already
+            self.post_init()
+
+    def routed_ffns(self) -> dict[int, RoutedFFN]:
+        """The FFNs with experts, by layer index."""
+        return {index: self.h[index].mlp for index in self.config.cse_layer_indices}
+
+    def forward(self, input_ids=None, past_key_values=None, attention_mask=None, **kwargs):
+        if self.config.cse_routing == "sequence" and self.config.cse_layer_indices:
+            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                raise ValueError(
+                    "past_key_values is not empty, which cse_routing='sequence' does not allow: a route over the "
+                    "whole sequence cannot be read from its last tokens. Use cse_routing='discriminant'."
+                )
+            warn_that_routes_see_the_future(type(self).__name__)
+            kwargs["sequence_scope"] = SequenceScope.of(attention_mask, kwargs.get("position_ids"))
+        return super().forward(input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
+
+
+class CSEGPT2ForCausalLM(CSEGPT2PreTrainedModel, GPT2LMHeadModel, GenerationMixin):
+    _auto_class = "AutoModelForCausalLM"
+
+    # The stock heads build a stock base: each `__init__` below stands for theirs, word by word but for the base.
+    def __init__(self, config: CSEGPT2Config):
+        super(GPT2LMHeadModel, self).__init__(config)
+        self.transformer = CSEGPT2Model(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    forward = carries_routing(GPT2LMHeadModel.forward, CSECausalLMOutput)
+
+    def generate(self, *args, **kwargs):
+        self._refuse_sequence_routes("generate")
+        return super().generate(*args, **kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        self._refuse_sequence_routes("generate_batch")
+        return super().generate_batch(*args, **kwargs)
+
+    def _refuse_sequence_routes(self, method: str) -> None:
+        if self.config.cse_routing == "sequence" and self.config.cse_layer_indices:
+            raise ValueError(
+                f"{method}() is not possible with cse_routing='sequence': the route of a token would depend on tokens "
+                "that do not exist yet. Load the model with cse_routing='discriminant'."
+            )
+
+
+class CSEGPT2ForSequenceClassification(CSEGPT2PreTrainedModel, GPT2ForSequenceClassification):
+    _auto_class = "AutoModelForSequenceClassification"
+    accepts_loss_kwargs = False  # the stock loss is a mean over the micro-batch
+
+    def __init__(self, config: CSEGPT2Config):
+        super(GPT2ForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = CSEGPT2Model(config)
+        self.score = nn.Linear(config.n_embd, self.num_labels, bias=False)
+        self.post_init()
+
+    forward = carries_routing(GPT2ForSequenceClassification.forward)
+
+
+class CSEGPT2ForTokenClassification(CSEGPT2PreTrainedModel, GPT2ForTokenClassification):
+    _auto_class = "AutoModelForTokenClassification"
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: CSEGPT2Config):
+        super(GPT2ForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = CSEGPT2Model(config)
+        classifier_dropout = getattr(config, "classifier_dropout", None)
+        if classifier_dropout is None:
+            classifier_dropout = getattr(config, "hidden_dropout", None)
+        self.dropout = nn.Dropout(0.1 if classifier_dropout is None else classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    forward = carries_routing(GPT2ForTokenClassification.forward)
+
+
+class CSEGPT2ForQuestionAnswering(CSEGPT2PreTrainedModel, GPT2ForQuestionAnswering):
+    _auto_class = "AutoModelForQuestionAnswering"
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: CSEGPT2Config):
+        super(GPT2ForQuestionAnswering, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = CSEGPT2Model(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    forward = carries_routing(GPT2ForQuestionAnswering.forward)
+
+
+__all__ = [
+    "CSEGPT2ForCausalLM",
+    "CSEGPT2ForQuestionAnswering",
+    "CSEGPT2ForSequenceClassification",
+    "CSEGPT2ForTokenClassification",
+    "CSEGPT2Model",
+    "CSEGPT2PreTrainedModel",
+]

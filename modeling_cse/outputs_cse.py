@@ -1,0 +1,77 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""What the routers saw, carried through heads whose stock `forward` drops what their base model recorded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, MaskedLMOutput, ModelOutput
+from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
+
+
+ROUTING_KEYS = ("router_logits", "cluster_ids")
+
+
+@dataclass
+class CSECausalLMOutput(CausalLMOutputWithCrossAttentions):
+    """`router_logits`: per CSE layer (B * T, C) fp32, with `output_router_logits=True`; `cluster_ids`: per CSE layer
+    (B, T) int64, with `output_cluster_ids=True`."""
+
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    cluster_ids: tuple[torch.LongTensor, ...] | None = None
+
+
+@dataclass
+class CSEMaskedLMOutput(MaskedLMOutput):
+    """See `CSECausalLMOutput`."""
+
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    cluster_ids: tuple[torch.LongTensor, ...] | None = None
+
+
+@dataclass
+class CSEPreTrainingOutput(BertForPreTrainingOutput):
+    """See `CSECausalLMOutput`."""
+
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    cluster_ids: tuple[torch.LongTensor, ...] | None = None
+
+
+def carries_routing(forward: Callable, output_class: type[ModelOutput] | None = None) -> Callable:
+    """
+    Wraps a head's stock `forward` so that its output has what the base model recorded of the routers.
+
+    Args:
+        forward: the stock head's `forward`; its signature stays visible to those who inspect it.
+        output_class: type that declares the fields, where callers look for them in the type; otherwise they are set
+            on the stock output.
+    """
+
+    @wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        asked = [key for key in ROUTING_KEYS if kwargs.get(f"output_{key}", getattr(self.config, f"output_{key}"))]
+        if not asked:
+            return forward(self, *args, **kwargs)
+        recorded = {}
+        hook = self.base_model.register_forward_hook(
+            lambda module, inputs, output: recorded.update({key: output[key] for key in asked})
+        )
+        try:
+            outputs = forward(self, *args, **kwargs)
+        finally:
+            hook.remove()
+        if isinstance(outputs, tuple):
+            return outputs + tuple(recorded[key] for key in asked)
+        if output_class is not None:
+            return output_class(**outputs, **recorded)
+        for key in asked:
+            outputs[key] = recorded[key]
+        return outputs
+
+    if output_class is not None:
+        wrapper.__annotations__ = {**forward.__annotations__, "return": output_class}
+    return wrapper
+
+
+__all__ = ["CSECausalLMOutput", "CSEMaskedLMOutput", "CSEPreTrainingOutput", "ROUTING_KEYS", "carries_routing"]

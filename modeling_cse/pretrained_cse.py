@@ -1,0 +1,56 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""What every model of both families does when it is built, initialised and loaded."""
+
+import torch
+
+from .experts_cse import CSEExperts
+from .routing_cse import ClusterRouter
+
+
+class CSEPreTrainedMixin:
+    """Stands before the stock `PreTrainedModel` subclass of a family."""
+
+    # Buffers made as fp32 stay so when weights are loaded in bf16; this says it for loaders that go by the name. The
+    # int64 buffers must not be named: upstream would cast them to fp32 as well.
+    _keep_in_fp32_modules_strict = ["centroids", "radii", "discriminant_weight", "discriminant_bias"]
+
+    def __init__(self, config, *args, **kwargs):
+        config.validate_cse_flags()
+        super().__init__(config, *args, **kwargs)
+
+    def _initialize_weights(self, module, is_custom_code: bool = False):
+        # For code from outside its own tree, upstream passes over modules without parameters of their own, and with
+        # them over GPT-2's scaled initialisation of the residual projections. All we initialise with respects what
+        # was loaded, so that the caution is not needed.
+        super()._initialize_weights(module, is_custom_code=False)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, CSEExperts):
+            module.init_weights()
+        elif isinstance(module, ClusterRouter):
+            module.reset_buffers()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+        """As upstream, dense checkpoints included (their missing keys are experts and routers).
+
+        Raises:
+            ValueError: the checkpoint has experts but lacks their router, so that nothing could ever be routed.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        missing = set(info["missing_keys"])
+        routers = sorted(key for key in missing if ".router." in key)
+        lost = [key for key in routers if f"{key.split('.router.')[0]}.experts.up_proj" not in missing]
+        if lost:
+            raise ValueError(
+                f"The checkpoint {pretrained_model_name_or_path!r} has experts but lacks the routing state "
+                f"{lost}: it was cut or edited. Save it again with save_pretrained."
+            )
+        return (model, info) if output_loading_info else model
+
+
+__all__ = ["CSEPreTrainedMixin"]

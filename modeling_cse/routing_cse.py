@@ -1,0 +1,192 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""
+The router: fp32 buffers that say where the clusters lie and which expert each one owns, and the two ways to read them.
+
+Shapes, here and in the experts: B batch, T tokens of a row, d hidden size, C clusters a router can hold, E expert
+slots, S sequences (a row, or each document of a packed row).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.utils import logging
+from transformers.utils.generic import maybe_autocast
+
+
+logger = logging.get_logger(__name__)
+
+
+class SequenceScope(NamedTuple):
+    """Which tokens of a batch make up a sequence. Only routes that look at whole sequences need it."""
+
+    mask: torch.Tensor | None = None  # (B, T) bool, False at padding; None: no padding
+    segments: torch.Tensor | None = None  # (B, T) int64, number of the document in its row; None: one a row
+
+    @classmethod
+    def of(cls, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> "SequenceScope":
+        """Reads the padding from a 2-D `attention_mask`, and packed documents from `position_ids` that start again.
+
+        Raises:
+            ValueError: `attention_mask` has more than two dimensions, which hides where the padding is.
+        """
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask of shape {tuple(attention_mask.shape)} is not allowed where whole sequences are "
+                "averaged: pass the 2-D mask of shape (batch, sequence), or use cse_routing='discriminant'."
+            )
+        mask = None if attention_mask is None else attention_mask.bool()
+        if position_ids is None or position_ids.shape[-1] < 2:
+            return cls(mask, None)
+        restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        return cls(mask, F.pad(restarts.long().cumsum(-1), (1, 0)))
+
+
+def sequence_means(states: torch.Tensor, scope: SequenceScope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The mean state of each sequence, padding left out (METHOD: "clusters are always found on sequences").
+
+    Args:
+        states: (B, T, d), any float dtype.
+        scope: padding and documents of the batch.
+
+    Returns:
+        Means (S, d) fp32, the number of tokens behind each (S,) fp32, and the row of the means that each token
+        belongs to (B, T) int64. With documents S is B * T, most of them empty: shapes must not depend on data.
+    """
+    batch, length, width = states.shape
+    rows = torch.arange(batch, device=states.device).unsqueeze(1)
+    weights = states.new_ones(batch, length, dtype=torch.float32) if scope.mask is None else scope.mask.float()
+    weighted = states.float() * weights.unsqueeze(-1)
+    if scope.segments is None:
+        counts, sums, index = weights.sum(1), weighted.sum(1), rows.expand(batch, length)
+    else:
+        index = rows * length + scope.segments.expand(batch, length)
+        counts = weights.new_zeros(batch * length).index_add(0, index.flatten(), weights.flatten())
+        sums = weighted.new_zeros(batch * length, width).index_add(0, index.flatten(), weighted.flatten(0, 1))
+    return sums / counts.clamp_min(1.0).unsqueeze(-1), counts, index
+
+
+class ClusterRouter(nn.Module):
+    """
+    Gives every token a cluster, and through it an expert or none. Nothing here is learned by gradient: clustering
+    writes the buffers, the forward pass only reads them. Without clusters every token is common.
+
+    Buffers (persistent; floats stay fp32 whatever the model is cast to):
+        centroids (C, d): mean sequence embedding of each cluster.
+        radii (C,): mean distance of its members to the centroid.
+        cluster_sizes (C,) int64: members at the last fit; 0 marks an unused row.
+        discriminant_weight (C, d), discriminant_bias (C,): log-posterior scores of a token's own state.
+        cluster_expert (C,) int64: the expert slot a cluster owns, -1 for a common cluster.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.routing = config.cse_routing
+        self.radius_scaling = config.cse_radius_scaling
+        self.hidden_size = config.hidden_size
+        self.max_clusters = config.max_clusters
+        for name, value in self.empty_state().items():
+            self.register_buffer(name, value)
+
+    def empty_state(self) -> dict[str, torch.Tensor]:
+        """The buffers of a router that holds no cluster."""
+        rows, width = self.max_clusters, self.hidden_size
+        return {
+            "centroids": torch.zeros(rows, width, dtype=torch.float32),
+            "radii": torch.ones(rows, dtype=torch.float32),
+            "cluster_sizes": torch.zeros(rows, dtype=torch.int64),
+            "discriminant_weight": torch.zeros(rows, width, dtype=torch.float32),
+            "discriminant_bias": torch.zeros(rows, dtype=torch.float32),
+            "cluster_expert": torch.full((rows,), -1, dtype=torch.int64),
+        }
+
+    def reset_buffers(self) -> None:
+        """Fills every buffer that no checkpoint has filled. Models are built on the meta device, so that what
+        `__init__` computed is gone by then."""
+        for name, value in self.empty_state().items():
+            init.copy_(getattr(self, name), value)
+
+    def _apply(self, fn, recurse=True):
+        # `model.to(torch.bfloat16)` must not round the routing state: only the device may change.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    @property
+    def num_clusters(self) -> int:
+        """Clusters in use; 0 before the first fit. Reads the device."""
+        return int((self.cluster_sizes > 0).sum())
+
+    @torch.no_grad()
+    def write(self, **state: torch.Tensor) -> None:
+        """
+        Replaces the whole routing state; rows beyond those given become unused.
+
+        Args:
+            **state: every buffer by name, with k <= C rows.
+
+        Raises:
+            ValueError: a buffer is missing or unknown, or there are more clusters than the router can hold.
+        """
+        empty = self.empty_state()
+        if state.keys() != empty.keys():
+            raise ValueError(f"state has {sorted(state)}: it must have exactly {sorted(empty)}.")
+        for name, rows in state.items():
+            if len(rows) > self.max_clusters:
+                raise ValueError(
+                    f"{name} has {len(rows)} clusters, but this router holds at most cse_max_clusters="
+                    f"{self.max_clusters}."
+                )
+            empty[name][: len(rows)] = rows
+        for name, value in empty.items():
+            getattr(self, name).copy_(value)
+
+    @torch.no_grad()
+    def forward(
+        self, hidden_states: torch.Tensor, scope: SequenceScope = SequenceScope()
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states: (B, T, d) states that enter the module, any float dtype.
+            scope: padding and documents; read by `"sequence"` alone.
+
+        Returns:
+            Router logits (B * T, C) fp32 as mixture-of-experts models report them (unused clusters at the lowest
+            float), cluster ids (B, T) int64 (-1 while there are no clusters), expert ids (B, T) int64 (-1: none).
+        """
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            if self.routing == "discriminant":
+                logits = F.linear(hidden_states.float(), self.discriminant_weight, self.discriminant_bias)
+            else:
+                means, _, index = sequence_means(hidden_states, scope)
+                logits = self.nearness(means)[index]
+        logits = logits.masked_fill(self.cluster_sizes == 0, torch.finfo(torch.float32).min)
+        nearest = logits.argmax(-1)
+        cluster_ids = nearest.masked_fill(self.cluster_sizes[nearest] == 0, -1)
+        return logits.flatten(0, 1), cluster_ids, self.cluster_expert[nearest]
+
+    def nearness(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Minus the distance of sequence embeddings (S, d) fp32 to each centroid, over its radius if
+        `cse_radius_scaling` (the paper's dispatch rule): (S, C)."""
+        distance = torch.cdist(embeddings, self.centroids, compute_mode="donot_use_mm_for_euclid_dist")
+        return -(distance / self.radii if self.radius_scaling else distance)
+
+
+def warn_that_routes_see_the_future(model_name: str) -> None:
+    """Says once that a causal model was given routes over whole sequences."""
+    logger.warning_once(
+        f"{model_name} with cse_routing='sequence': a route is read from the whole sequence, so logits see later "
+        "tokens. Use it to train or score as a replication of the paper, never to judge a language model by its "
+        "perplexity; cse_routing='discriminant' is causal."
+    )
+
+
+__all__ = ["ClusterRouter", "SequenceScope", "sequence_means", "warn_that_routes_see_the_future"]
