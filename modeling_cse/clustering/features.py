@@ -1,0 +1,100 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Routing features: what was sampled of the states that enter a module, and the bounded store that keeps them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..routing_cse import SequenceScope, sequence_means
+
+
+@dataclass
+class RoutingFeatures:
+    """
+    A sample of N sequences, with m tokens of each.
+
+    Fields:
+        embeddings (N, d) fp32: mean state of a sequence, padding left out.
+        tokens (N, m, d) fp32: states of single tokens, spread over the sequence.
+        positions (N, m) int64: where in its sequence each of them stood.
+    """
+
+    embeddings: torch.Tensor
+    tokens: torch.Tensor
+    positions: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def __getitem__(self, rows) -> "RoutingFeatures":
+        return RoutingFeatures(self.embeddings[rows], self.tokens[rows], self.positions[rows])
+
+    def cpu(self) -> "RoutingFeatures":
+        return RoutingFeatures(self.embeddings.cpu(), self.tokens.cpu(), self.positions.cpu())
+
+    @classmethod
+    def concatenate(cls, parts: list["RoutingFeatures"]) -> "RoutingFeatures":
+        return cls(
+            torch.cat([part.embeddings for part in parts]),
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.positions for part in parts]),
+        )
+
+
+@torch.no_grad()
+def sample_features(
+    states: torch.Tensor, scope: SequenceScope, tokens_per_sequence: int, offset: int
+) -> RoutingFeatures:
+    """
+    Features of one batch.
+
+    Args:
+        states: (B, T, d) states that enter a module, any float dtype.
+        scope: padding and documents of the batch; sequences without a token are left out.
+        tokens_per_sequence: m. Each of m equal parts of a sequence gives one token.
+        offset: sequences sampled before. It shifts the place within the part from sequence to sequence, evenly and
+            without a random number, so that all positions are met.
+    """
+    means, counts, index = sequence_means(states, scope)
+    kept = (counts > 0).nonzero().squeeze(-1)
+    valid = torch.ones_like(index, dtype=torch.bool) if scope.mask is None else scope.mask
+    # tokens in the order of their sequences, padding behind all of them
+    order = torch.where(valid, index, len(counts)).flatten().argsort(stable=True)
+    starts = (counts.cumsum(0) - counts)[kept].long()
+    golden = 0.6180339887498949
+    shift = ((torch.arange(len(kept), device=states.device, dtype=torch.float64) + offset) * golden) % 1.0
+    parts = torch.arange(tokens_per_sequence, device=states.device, dtype=torch.float64)
+    places = (parts + shift.unsqueeze(1)) / tokens_per_sequence
+    positions = (places * counts[kept].unsqueeze(1)).long()
+    tokens = states.flatten(0, 1)[order[starts.unsqueeze(1) + positions]]
+    return RoutingFeatures(means[kept], tokens.float(), positions)
+
+
+class FeatureStore:
+    """Keeps the last `capacity` sequences that were added: memory does not grow with the corpus."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.parts: list[RoutingFeatures] = []
+        self.seen = 0
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def add(self, features: RoutingFeatures) -> None:
+        self.seen += len(features)
+        self.parts.append(features)
+        surplus = len(self) - self.capacity
+        while surplus > 0:
+            dropped = min(surplus, len(self.parts[0]))
+            self.parts[0] = self.parts[0][dropped:]
+            if not len(self.parts[0]):
+                self.parts.pop(0)
+            surplus -= dropped
+
+    def all(self) -> RoutingFeatures | None:
+        """Everything kept, on the CPU, oldest first; None when empty."""
+        return RoutingFeatures.concatenate([part.cpu() for part in self.parts]) if self.parts else None
+
+    def clear(self) -> None:
+        self.parts = []

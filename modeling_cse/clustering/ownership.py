@@ -1,0 +1,127 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Which cluster owns which expert, and how it stays so from one fit to the next."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+
+@dataclass
+class Identities:
+    """
+    The P clusters that a layer remembers: those of the last fit, and absent ones whose expert is still kept.
+
+    Fields:
+        centroids (P, d) float32, radii (P,) float32: where they were seen last.
+        experts (P,) int64: the slot each owns, -1 for none.
+        idle (P,) int64: fits in a row in which an owner was absent or common.
+    """
+
+    centroids: np.ndarray
+    radii: np.ndarray
+    experts: np.ndarray
+    idle: np.ndarray
+
+    @classmethod
+    def none(cls, hidden_size: int) -> "Identities":
+        return cls(
+            np.zeros((0, hidden_size), np.float32),
+            np.zeros(0, np.float32),
+            np.zeros(0, np.int64),
+            np.zeros(0, np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+
+@dataclass
+class Ownership:
+    """The outcome of a fit: `experts` (K,) int64, the slot of each cluster or -1; `filled`, slots that changed hands
+    and must start anew; `unserved`, long-tail clusters for which no slot was free; `identities` for the next fit."""
+
+    experts: np.ndarray
+    filled: list[int]
+    unserved: int
+    identities: Identities
+
+
+def long_tail(shares: np.ndarray, common_share: float) -> np.ndarray:
+    """
+    Which clusters are long-tail, (K,) bool: the largest ones are common until together they hold `common_share` of
+    the sequences, the rest is the tail. With 0 every cluster is long-tail.
+    """
+    order = np.argsort(-shares, kind="stable")
+    before = np.cumsum(shares[order]) - shares[order]
+    tail = np.empty(len(shares), bool)
+    tail[order] = before >= common_share - 1e-9
+    return tail
+
+
+def match_clusters(
+    old_centroids: np.ndarray, old_radii: np.ndarray, new_centroids: np.ndarray, new_radii: np.ndarray
+) -> np.ndarray:
+    """
+    The old cluster that each new one continues, (K,) int64, -1 for a new one: the assignment with the least sum of
+    distances between centroids. States drift while a model trains, so both sides are compared about their own mean;
+    a pair further apart than the larger of its radii is no match.
+    """
+    matched = np.full(len(new_centroids), -1, np.int64)
+    if not len(old_centroids):
+        return matched
+    old = old_centroids.astype(np.float64) - old_centroids.mean(axis=0, dtype=np.float64)
+    new = new_centroids.astype(np.float64) - new_centroids.mean(axis=0, dtype=np.float64)
+    distance = np.linalg.norm(new[:, None] - old[None], axis=-1)
+    for row, column in zip(*linear_sum_assignment(distance), strict=True):
+        if distance[row, column] <= max(new_radii[row], old_radii[column]):
+            matched[row] = column
+    return matched
+
+
+def assign_experts(
+    identities: Identities,
+    centroids: np.ndarray,
+    radii: np.ndarray,
+    shares: np.ndarray,
+    *,
+    common_share: float,
+    num_experts: int,
+    patience: int,
+) -> Ownership:
+    """
+    Gives long-tail clusters an expert each.
+
+    A cluster that continues an old one keeps its expert, and keeps it when it turns common or vanishes, until that has
+    lasted `patience` fits: between two fits k-means may cut the bulk differently, and ownership must not flicker with
+    it. Then long-tail clusters without one take free slots, the largest first.
+    """
+    tail = long_tail(shares, common_share)
+    matched = match_clusters(identities.centroids, identities.radii, centroids, radii)
+    experts = np.full(len(centroids), -1, np.int64)
+    idle = np.zeros(len(centroids), np.int64)
+    for cluster, old in enumerate(matched):
+        if old < 0 or identities.experts[old] < 0:
+            continue
+        idle[cluster] = 0 if tail[cluster] else identities.idle[old] + 1
+        if idle[cluster] < patience:
+            experts[cluster] = identities.experts[old]
+        else:
+            idle[cluster] = 0
+    absent = [
+        old
+        for old in range(len(identities))
+        if old not in matched and identities.experts[old] >= 0 and identities.idle[old] + 1 < patience
+    ]
+    kept = {int(expert) for expert in experts if expert >= 0} | {int(identities.experts[old]) for old in absent}
+    free = [slot for slot in range(num_experts) if slot not in kept]
+    waiting = [cluster for cluster in np.argsort(-shares, kind="stable") if tail[cluster] and experts[cluster] < 0]
+    filled = free[: len(waiting)]
+    experts[waiting[: len(free)]] = filled
+    remembered = Identities(
+        np.concatenate([centroids, identities.centroids[absent]]),
+        np.concatenate([radii, identities.radii[absent]]),
+        np.concatenate([experts, identities.experts[absent]]),
+        np.concatenate([idle, identities.idle[absent] + 1]),
+    )
+    return Ownership(experts, filled, max(len(waiting) - len(free), 0), remembered)

@@ -1,0 +1,9 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Training with clusters: collecting, gathering over ranks, the Trainer callback, and the same outside the Trainer."""
+
+from .callback import ClusterExpertsCallback
+from .collecting import FeatureCollector, routed_base_model
+from .fitting import fit_experts
+
+
+__all__ = ["ClusterExpertsCallback", "FeatureCollector", "fit_experts", "routed_base_model"]

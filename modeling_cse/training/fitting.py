@@ -1,0 +1,103 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""One fit of all layers at once: gathered, computed, and only then written."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..clustering import ClusterSettings, RoutingFeatures, fit_layer, identities_of, write_fit
+from .collecting import FeatureCollector, routed_base_model
+from .gathering import gather_features, local_capacity, on_first_rank
+from .memory import ClusterMemory
+
+
+def fit_layers(
+    model: nn.Module,
+    features: dict[int, RoutingFeatures | None],
+    settings: ClusterSettings,
+    memory: ClusterMemory,
+) -> tuple[dict[str, float], dict[int, list[int]]]:
+    """
+    Fits every layer on the features of all ranks, and writes nothing unless all of them succeed.
+
+    Returns:
+        Metrics by name, and the expert slots that changed hands, by layer.
+
+    Raises:
+        ValueError: no sequence was sampled, or see `fit_layer`.
+    """
+    start = time.perf_counter()
+    ffns = routed_base_model(model).routed_ffns()
+    features = gather_features(features)
+
+    def compute():
+        fits = {}
+        for layer, ffn in ffns.items():
+            if features[layer] is None:
+                raise ValueError(f"no sequence reached the router of layer {layer}: there is nothing to cluster.")
+            identities = memory.identities.get(layer) or identities_of(ffn.router)
+            fits[layer] = fit_layer(ffn.router, features[layer], settings, identities, ffn.experts.num_experts)
+        return fits
+
+    fits = on_first_rank(compute)
+    metrics = {}
+    for layer, fit in fits.items():
+        write_fit(ffns[layer], fit, settings, memory.fits, layer)
+        memory.identities[layer] = fit.ownership.identities
+        memory.discriminants[layer] = fit.discriminant
+        metrics.update({f"cse/layer_{layer}/{name}": value for name, value in fit.metrics.items()})
+    memory.fits += 1
+    metrics["cse/seconds"] = time.perf_counter() - start
+    return metrics, {layer: fit.ownership.filled for layer, fit in fits.items()}
+
+
+@torch.no_grad()
+def fit_experts(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    num_clusters: int = 6,
+    common_share: float = 0.7,
+    algorithm: str = "kmeans",
+    sample_size: int = 2048,
+    patience: int = 3,
+    seed: int = 0,
+) -> dict[str, float]:
+    """
+    Does outside the Trainer what `ClusterExpertsCallback` does inside: collects routing features from tokenised
+    batches, fits the clusters, writes the router buffers and switches the experts on. No logit changes by it.
+
+    Args:
+        model: a CSE model or head; one that loaded a dense checkpoint, for example.
+        batches: tokenised batches, dicts of tensors with `input_ids` or `inputs_embeds`, (B, T) each; labels are
+            ignored. Read until `sample_size` sequences have passed. Use the text the model is going to see.
+        num_clusters, common_share, algorithm, patience, seed: see `ClusterSettings`.
+        sample_size: sequences to fit on, at least `num_clusters`.
+
+    Returns:
+        The metrics of the fit, by name, as the callback logs them.
+
+    Raises:
+        ValueError: no batch, fewer sequences than clusters, features that are not finite, or a wrong setting.
+    """
+    settings = ClusterSettings(algorithm, num_clusters, common_share, patience, seed)
+    base = routed_base_model(model)
+    collector = FeatureCollector(model, local_capacity(sample_size), training_only=False)
+    inputs = {"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"}
+    was_training = model.training
+    model.eval()
+    collector.attach()
+    collector.enabled = True
+    try:
+        for batch in batches:
+            base(**{name: value.to(base.device) for name, value in batch.items() if name in inputs})
+            if min(store.seen for store in collector.stores.values()) >= sample_size:
+                break
+    finally:
+        collector.detach()
+        model.train(was_training)
+    metrics, _ = fit_layers(model, collector.take(), settings, ClusterMemory())
+    return metrics

@@ -1,0 +1,62 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""More than one process: features of all ranks go to every rank, one rank fits, and all get its result."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+from accelerate.utils import broadcast_object_list, gather_object
+
+from ..clustering import RoutingFeatures
+
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gather_features(features: dict[int, RoutingFeatures | None]) -> dict[int, RoutingFeatures | None]:
+    """Joins the features of all ranks in the order of the ranks. A rank may have none."""
+    if not is_distributed():
+        return features
+    everyone = gather_object([features])
+    joined = {}
+    for layer in features:
+        parts = [own[layer] for own in everyone if own[layer] is not None]
+        joined[layer] = RoutingFeatures.concatenate(parts) if parts else None
+    return joined
+
+
+def on_first_rank(compute: Callable[[], T]) -> T:
+    """Runs `compute` on rank 0 and gives its result to every rank; an error there is raised on every rank, so that
+    none waits for the others."""
+    if not is_distributed():
+        return compute()
+    outcome = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = compute()
+        except Exception as error:  # noqa: BLE001 - passed on, not hidden
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def local_capacity(sample_size: int) -> int:
+    """Sequences that each rank keeps, so that all together keep about `sample_size`."""
+    return -(-sample_size // dist.get_world_size()) if is_distributed() else sample_size
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+__all__ = ["gather_features", "is_distributed", "local_capacity", "on_first_rank", "rank", "world_size"]

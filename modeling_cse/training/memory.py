@@ -1,0 +1,95 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""What clustering remembers from one fit to the next, and how it lies in a checkpoint: safetensors, no pickle."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..clustering import Discriminant, FeatureStore, Identities, RoutingFeatures
+
+
+def file_name(rank: int) -> str:
+    """Name of a rank's file inside a checkpoint folder."""
+    return f"cluster_state_rank{rank}.safetensors"
+
+
+@dataclass
+class ClusterMemory:
+    """
+    Fields:
+        fits: fits so far.
+        identities: by layer, which clusters own which expert.
+        discriminants: by layer; kept where centroids move between fits.
+    """
+
+    fits: int = 0
+    identities: dict[int, Identities] = field(default_factory=dict)
+    discriminants: dict[int, Discriminant] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything but the number of fits, as named tensors."""
+        named = {}
+        for kind, members in (("identities", self.identities), ("discriminants", self.discriminants)):
+            for layer, member in members.items():
+                for name, array in vars(member).items():
+                    named[f"{kind}.{layer}.{name}"] = torch.from_numpy(array).contiguous()
+        return named
+
+    def load(self, named: dict[str, torch.Tensor]) -> None:
+        for kind, member_class, members in (
+            ("identities", Identities, self.identities),
+            ("discriminants", Discriminant, self.discriminants),
+        ):
+            members.clear()
+            for layer in sorted({int(name.split(".")[1]) for name in named if name.startswith(kind)}):
+                prefix = f"{kind}.{layer}."
+                fields = {n.removeprefix(prefix): t.numpy() for n, t in named.items() if n.startswith(prefix)}
+                members[layer] = member_class(**fields)
+
+
+def save_state(folder: Path, rank: int, step: int, memory: ClusterMemory, stores: dict[int, FeatureStore]) -> None:
+    """Writes memory and collected features into a checkpoint folder, whole or not at all."""
+    named = memory.tensors()
+    seen = {}
+    for layer, store in stores.items():
+        seen[str(layer)] = store.seen
+        features = store.all()
+        if features is not None:
+            named.update({f"features.{layer}.{name}": tensor for name, tensor in vars(features).items()})
+    metadata = {"step": str(step), "fits": str(memory.fits), "seen": json.dumps(seen)}
+    target = folder / file_name(rank)
+    partial = target.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in named.items()}, partial, metadata=metadata)
+    os.replace(partial, target)
+
+
+def load_state(folder: Path, rank: int, step: int, memory: ClusterMemory, stores: dict[int, FeatureStore]) -> None:
+    """
+    Reads what `save_state` wrote.
+
+    Raises:
+        ValueError: the file is cut short, or belongs to another step.
+    """
+    path = folder / file_name(rank)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, named = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:  # safetensors has no error class of its own for a broken file
+        raise ValueError(f"{path} cannot be read, so the run cannot go on exactly from there: {error}") from error
+    if int(metadata["step"]) != step:
+        raise ValueError(f"{path} was written at step {metadata['step']}, but the checkpoint is of step {step}.")
+    memory.fits = int(metadata["fits"])
+    memory.load(named)
+    seen = json.loads(metadata["seen"])
+    for layer, store in stores.items():
+        store.clear()
+        store.seen = seen[str(layer)]
+        prefix = f"features.{layer}."
+        fields = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
+        if fields:
+            store.parts.append(RoutingFeatures(**fields))
