@@ -1,0 +1,42 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Where tokens go: the share of each expert, by domain."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def expert_shares(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[float]:
+    """
+    The share of the tokens that each expert of the last CSE layer answers, padding left out. What is missing to 1
+    stays with the base.
+
+    Args:
+        model: a CSE head or base model; its mode (training or evaluation) is kept.
+        batches: dicts of tensors with `input_ids` (B, T); labels are ignored.
+
+    Returns:
+        One share an expert slot.
+
+    Raises:
+        ValueError: there is no batch, or no token in them.
+    """
+    base = model.base_model
+    ffn = list(base.routed_ffns().values())[-1]
+    counts = torch.zeros(ffn.experts.num_experts + 1, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    for batch in batches:
+        inputs = {name: value.to(base.device) for name, value in batch.items() if name != "labels"}
+        clusters = base(**inputs, output_cluster_ids=True).cluster_ids[-1]
+        experts = torch.where(clusters >= 0, ffn.router.cluster_expert[clusters], -1)
+        mask = inputs.get("attention_mask")
+        experts = experts if mask is None else experts[mask.bool()]
+        counts += torch.bincount(experts.flatten().cpu() + 1, minlength=len(counts)).double()
+    model.train(was_training)
+    if not counts.sum():
+        raise ValueError("batches holds no token: there is no share to compute.")
+    return (counts[1:] / counts.sum()).tolist()
