@@ -1,0 +1,20 @@
+#!/usr/bin/env python
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""
+Pretrain a GPT-2 with cluster-guided sparse experts on mixed-domain text.
+
+    python examples/run_clm.py configuration/recipes/quickstart.yaml
+    python examples/run_clm.py configuration/recipes/quickstart.yaml --num_clusters 8 --output_dir runs/eight
+    python examples/run_clm.py --config_name configuration/cse-gpt2-124m --tokenizer_name openai-community/gpt2 \
+        --dataset_name Salesforce/wikitext --dataset_config_name wikitext-103-raw-v1 --streaming --max_steps 10000 \
+        --output_dir runs/wikitext
+
+Flags are those of transformers' run_clm.py, with the groups "clusters" and "cse_*" added; a recipe (YAML) holds any of
+them, and flags behind it win.
+"""
+
+from modeling_cse.runs import GPT2, pretrain
+
+
+if __name__ == "__main__":
+    pretrain(GPT2)

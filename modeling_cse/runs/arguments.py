@@ -1,0 +1,121 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""What a user may set on the command line or in a recipe, in the groups of transformers' own example scripts."""
+
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+def _flag(default: Any, help: str, **kwargs) -> Any:
+    metadata = {"help": help, **kwargs}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelArguments:
+    """Which model, config and tokenizer to start from."""
+
+    model_name_or_path: str | None = _flag(None, "Checkpoint to start from, dense or CSE. None: from scratch.")
+    config_name: str | None = _flag(None, "Config to start from scratch with, a folder or a name on the Hub.")
+    model_type: str | None = _flag(None, "cse_gpt2 or cse_bert; only needed without a config or checkpoint.")
+    config_overrides: str | None = _flag(None, "Config values to change from scratch: 'n_embd=128,n_layer=4'.")
+    tokenizer_name: str | None = _flag(None, "Tokenizer, a folder or a name on the Hub.")
+    tokenizer_vocab_size: int | None = _flag(None, "Train a tokenizer of this size on the training text instead.")
+    cache_dir: str | None = _flag(None, "Where to keep what is downloaded.")
+    model_revision: str = _flag("main", "Branch, tag or commit on the Hub.")
+    token: str | None = _flag(None, "Token for private repositories on the Hub.")
+    trust_remote_code: bool = _flag(False, "Allow code from the Hub to run.")
+    cse_layers: list[int] | None = _flag(None, "Layers with experts; default: as the config says.", nargs="*")
+    cse_combine: str | None = _flag(None, "replace or add; default: as the config says.")
+    cse_num_experts: int | None = _flag(None, "Expert slots a layer; default: as the config says.")
+    cse_expert_size: int | None = _flag(None, "Width of an expert; default: as the config says.")
+    cse_routing: str | None = _flag(None, "discriminant or sequence; default: as the config says.")
+    cse_max_clusters: int | None = _flag(None, "Clusters a router can hold; default: as the config says.")
+
+
+@dataclass
+class DataArguments:
+    """Which text to train on and how to cut it."""
+
+    dataset_name: str | None = _flag(None, "Data set on the Hub, or a local folder of one.")
+    dataset_config_name: str | None = _flag(None, "Configuration of that data set.")
+    train_file: list[str] | None = _flag(None, "Training text: txt, json(l), csv or parquet, gz too.", nargs="+")
+    validation_file: list[str] | None = _flag(None, "Validation text, likewise.", nargs="+")
+    validation_split_percentage: int = _flag(5, "Share of the training text to validate on without such a file.")
+    text_column: str = _flag("text", "Column that holds the text.")
+    domain_column: str | None = _flag(None, "Column that names a document's domain: results are then by domain.")
+    streaming: bool = _flag(False, "Read the training text while training; needs max_steps.")
+    max_train_samples: int | None = _flag(None, "Use only so many training documents.")
+    max_eval_samples: int | None = _flag(None, "Use only so many validation documents.")
+    block_size: int = _flag(256, "Tokens of a training sequence.", aliases=["--max_seq_length"])
+    mlm_probability: float = _flag(0.15, "Share of the tokens to predict (masked language models).")
+    preprocessing_num_workers: int | None = _flag(None, "Processes that tokenise.")
+
+
+@dataclass
+class ClusterArguments:
+    """How clusters are found and kept (`ClusterExpertsCallback`), and what the run is compared with."""
+
+    warmup: str = _flag("0.1", "Dense training before the first fit: steps, or a share below 1.")
+    recluster_every: int = _flag(500, "Steps between two fits.")
+    update: str = _flag("recluster", "recluster, ema or frozen.")
+    algorithm: str = _flag("kmeans", "How clusters are found.")
+    num_clusters: int = _flag(6, "Clusters to look for.")
+    common_share: float = _flag(0.7, "The largest clusters are common until they hold this share together.")
+    sample_size: int = _flag(2048, "Sequences kept for a fit.")
+    patience: int = _flag(3, "Fits a cluster may be absent or common before it loses its expert.")
+    ema_decay: float = _flag(0.999, "Weight of the past for one sequence (update=ema).")
+    compare_with_dense: bool = _flag(False, "Train the dense twin too: same start, same batches.")
+    prompt: str = _flag("The", "Beginning of the sentence that the reloaded model completes.")
+
+    def callback_arguments(self, seed: int) -> dict[str, Any]:
+        """Arguments of `ClusterExpertsCallback`."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("compare_with_dense", "prompt")}
+        return {**own, "warmup": steps_or_share(self.warmup), "seed": seed}
+
+
+def steps_or_share(value: str | int | float) -> int | float:
+    """Reads "200" as 200 steps and "0.1" as a tenth of training.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    try:
+        return int(value) if str(value).strip().isdigit() else float(value)
+    except ValueError as error:
+        raise ValueError(f"warmup={value!r} is not allowed: it must be steps (int) or a share (float).") from error
+
+
+def parse_arguments(
+    argv: list[str] | None = None,
+) -> tuple[ModelArguments, DataArguments, ClusterArguments, TrainingArguments]:
+    """
+    Reads `[recipe.yaml] [--flag value ...]`: flags go before the recipe, the recipe before the defaults.
+
+    Raises:
+        ValueError: the recipe does not exist, is no mapping, or names a setting that there is not.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser((ModelArguments, DataArguments, ClusterArguments, TrainingArguments))
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        parser.set_defaults(**_read_recipe(Path(argv.pop(0)), {action.dest for action in parser._actions}))
+    return parser.parse_args_into_dataclasses(args=argv)
+
+
+def _read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"the recipe {str(path)!r} does not exist.")
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise ValueError(f"the recipe {str(path)!r} is not allowed: it must be a mapping of settings to values.")
+    unknown = sorted(set(recipe) - known)
+    if unknown:
+        raise ValueError(f"the recipe {str(path)!r} has unknown settings {unknown}: see the script's --help.")
+    # YAML reads 1e-3 as text; argparse converts text defaults and leaves the others as they are
+    return recipe

@@ -1,0 +1,75 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""A run is one folder: its settings, its metrics as JSON lines, its checkpoints, its picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..training.memory import file_name
+
+
+class JsonLinesCallback(TrainerCallback):
+    """Writes every log entry as a line of JSON, and after a resumption drops the lines of steps that are run again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("".join(self._line(entry) for entry in state.log_history), encoding="utf-8")
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and state.log_history:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self._line(state.log_history[-1]))
+
+    @staticmethod
+    def _line(entry: dict[str, Any]) -> str:
+        return json.dumps(entry, sort_keys=True) + "\n"
+
+
+def check_folder(folder: Path, settings: dict[str, Any], resume: bool) -> None:
+    """
+    Looks whether a run may live in a folder; writes nothing.
+
+    Raises:
+        ValueError: it holds another run, or this one without the wish to resume it.
+    """
+    path = folder / "run.json"
+    if not path.is_file():
+        return
+    if not resume:
+        raise ValueError(
+            f"output_dir={str(folder)!r} is not allowed: it holds a run already. Name another, remove it, or go on "
+            "with --resume_from_checkpoint last."
+        )
+    before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(_settings_text(settings))
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if changed:
+        raise ValueError(
+            f"output_dir={str(folder)!r} holds a run with other settings of {changed}, so it cannot be resumed. Name "
+            "another folder or remove it."
+        )
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes a folder the home of a run: its settings go to `run.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(_settings_text(settings), encoding="utf-8")
+
+
+def _settings_text(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
+
+
+def last_complete_checkpoint(folder: Path, needs_clusters: bool) -> str | None:
+    """The newest checkpoint that was written to its end; later ones that were cut short by a kill are removed from
+    the choice, not from the disk."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        wanted = ["trainer_state.json", "optimizer.pt", *([file_name(0)] if needs_clusters else [])]
+        if all((path / name).is_file() for name in wanted):
+            return str(path)
+    return None

@@ -1,0 +1,281 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Pretraining from text files to a report: what the GPT-2 and the BERT script share."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from .. import CSEBertConfig, CSEBertForMaskedLM, CSEGPT2Config, CSEGPT2ForCausalLM
+from ..data import load_corpus, mask_once, pack, split_by_domain, train_tokenizer
+from ..evaluation import perplexity_for_trainer, row_losses_for_trainer
+from ..training import ClusterExpertsCallback
+from .arguments import ClusterArguments, DataArguments, ModelArguments, parse_arguments
+from .folder import JsonLinesCallback, check_folder, last_complete_checkpoint, write_settings
+from .report import report_run
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between the two scripts."""
+
+    name: str
+    config_class: type[PreTrainedConfig]
+    model_class: type[PreTrainedModel]
+    causal: bool
+
+    @property
+    def dense_model_type(self) -> str:
+        return self.config_class.model_type.removeprefix("cse_")
+
+
+GPT2 = Family("gpt2", CSEGPT2Config, CSEGPT2ForCausalLM, causal=True)
+BERT = Family("bert", CSEBertConfig, CSEBertForMaskedLM, causal=False)
+
+# Where a run lives and how it reports may change when it is resumed; everything else must not.
+FREE_SETTINGS = {"output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name", "push_to_hub"}
+
+
+@dataclass
+class Pretraining:
+    """One run: arguments, and what was made of them in the order of its steps."""
+
+    family: Family
+    model_arguments: ModelArguments
+    data_arguments: DataArguments
+    cluster_arguments: ClusterArguments
+    args: TrainingArguments
+
+    def run(self) -> dict[str, Any]:
+        """Trains the CSE model (and its dense twin if asked), evaluates by domain, saves, and reports.
+
+        Returns:
+            The report: perplexities by run and domain, expert shares by domain, the completed sentence.
+        """
+        self.folder = Path(self.args.output_dir)
+        resume = self.args.resume_from_checkpoint is not None
+        check_folder(self.folder, self._settings(), resume)
+        callback = ClusterExpertsCallback(**self.cluster_arguments.callback_arguments(self.args.seed))
+        self._load_data()
+        self._model("cse")  # a wrong config must show before anything is written
+        write_settings(self.folder, self._settings())
+        names = ["cse", "dense"] if self.cluster_arguments.compare_with_dense else ["cse"]
+        results = {name: self._train(name, callback if name == "cse" else None) for name in names}
+        return report_run(
+            self.folder,
+            results,
+            self.validation,
+            self._batches,
+            settings=self._settings(),
+            prompt=self.cluster_arguments.prompt,
+            base_model=self.model_arguments.model_name_or_path,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        groups = {
+            "model": asdict(self.model_arguments),
+            "data": asdict(self.data_arguments),
+            "clusters": asdict(self.cluster_arguments),
+            "training": self.args.to_dict(),
+        }
+        return {
+            f"{group}.{name}": value
+            for group, values in groups.items()
+            for name, value in values.items()
+            if name not in FREE_SETTINGS and name != "token"
+        }
+
+    # ---- data ----------------------------------------------------------------------------------------------------
+
+    def _load_data(self) -> None:
+        data = self.data_arguments
+        corpus = load_corpus(
+            dataset_name=data.dataset_name,
+            dataset_config_name=data.dataset_config_name,
+            train_file=data.train_file,
+            validation_file=data.validation_file,
+            validation_split_percentage=data.validation_split_percentage,
+            text_column=data.text_column,
+            domain_column=data.domain_column,
+            streaming=data.streaming,
+            max_train_samples=data.max_train_samples,
+            max_eval_samples=data.max_eval_samples,
+            cache_dir=self.model_arguments.cache_dir,
+            token=self.model_arguments.token,
+            trust_remote_code=self.model_arguments.trust_remote_code,
+            seed=self.args.seed,
+        )
+        self.tokenizer = self._load_tokenizer(corpus["train"])
+        self.training = self._pack(corpus["train"], data.streaming)
+        if isinstance(self.training, Dataset) and "domain" in self.training.column_names:
+            self.training = self.training.remove_columns("domain")
+        validation = corpus["validation"]
+        if isinstance(validation, IterableDataset):  # it is read many times, and by domain
+            validation = Dataset.from_list(list(validation))
+        self.validation = split_by_domain(self._pack(validation, False))
+        if not self.family.causal:
+            self.validation = {
+                domain: mask_once(blocks, self.tokenizer, mlm_probability=data.mlm_probability, seed=self.args.seed)
+                for domain, blocks in self.validation.items()
+            }
+        self.collator = (
+            default_data_collator
+            if self.family.causal
+            else DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=data.mlm_probability)
+        )
+
+    def _load_tokenizer(self, corpus: Dataset | IterableDataset) -> PreTrainedTokenizerBase:
+        model = self.model_arguments
+        name = model.tokenizer_name or (None if model.tokenizer_vocab_size else model.model_name_or_path)
+        if name is not None:
+            return AutoTokenizer.from_pretrained(
+                name,
+                cache_dir=model.cache_dir,
+                revision=model.model_revision,
+                token=model.token,
+                trust_remote_code=model.trust_remote_code,
+            )
+        if model.tokenizer_vocab_size is None:
+            raise ValueError(
+                "tokenizer_name=None is not allowed without model_name_or_path: name a tokenizer, or train one on "
+                "the corpus with --tokenizer_vocab_size 8192."
+            )
+        texts = (row[self.data_arguments.text_column] for row in corpus)
+        return train_tokenizer(texts, kind=self.family.name, vocab_size=model.tokenizer_vocab_size)
+
+    def _pack(self, documents: Dataset | IterableDataset, streaming: bool) -> Dataset | IterableDataset:
+        data = self.data_arguments
+        return pack(
+            documents,
+            self.tokenizer,
+            block_size=data.block_size,
+            text_column=data.text_column,
+            domain_column=data.domain_column,
+            num_proc=data.preprocessing_num_workers,
+            streaming=streaming,
+        )
+
+    def _batches(self, blocks: Dataset) -> Iterator[dict[str, torch.Tensor]]:
+        # validation blocks are labelled already, in both families
+        yield from DataLoader(blocks, self.args.per_device_eval_batch_size, collate_fn=default_data_collator)
+
+    # ---- model ---------------------------------------------------------------------------------------------------
+
+    def _config(self) -> PreTrainedConfig:
+        model = self.model_arguments
+        source = model.model_name_or_path or model.config_name
+        flags = {
+            field.name: getattr(model, field.name)
+            for field in fields(model)
+            if field.name.startswith("cse_") and getattr(model, field.name) is not None
+        }
+        if source is None:
+            if model.model_type not in (None, self.family.config_class.model_type):
+                raise ValueError(
+                    f"model_type={model.model_type!r} is not allowed: this script trains "
+                    f"{self.family.config_class.model_type!r}."
+                )
+            config = self.family.config_class(**flags)
+        else:
+            found = AutoConfig.from_pretrained(
+                source, cache_dir=model.cache_dir, revision=model.model_revision, token=model.token
+            )
+            allowed = (self.family.config_class.model_type, self.family.dense_model_type)
+            if found.model_type not in allowed:
+                raise ValueError(f"{source!r} is of type {found.model_type!r}: it must be one of {list(allowed)}.")
+            values = {name: value for name, value in found.to_dict().items() if name != "model_type"}
+            config = self.family.config_class(**{**values, **flags})
+        if model.model_name_or_path is None:
+            self._fit_config_to_tokenizer(config)
+            if model.config_overrides:
+                config.update_from_string(model.config_overrides)
+                config.validate_cse_flags()
+        if self.data_arguments.block_size > config.max_position_embeddings:
+            raise ValueError(
+                f"block_size={self.data_arguments.block_size} is not allowed: the model has "
+                f"{config.max_position_embeddings} positions."
+            )
+        return config
+
+    def _fit_config_to_tokenizer(self, config: PreTrainedConfig) -> None:
+        config.vocab_size = len(self.tokenizer)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(self.tokenizer, name))
+
+    def _model(self, name: str) -> PreTrainedModel:
+        """The model of a run before training. The dense twin takes over every base weight, fresh heads included."""
+        set_seed(self.args.seed)
+        config = self._config()
+        source = self.model_arguments.model_name_or_path
+        if source is None:
+            model = self.family.model_class(config)
+        else:
+            model = self.family.model_class.from_pretrained(
+                source,
+                config=config,
+                cache_dir=self.model_arguments.cache_dir,
+                revision=self.model_arguments.model_revision,
+                token=self.model_arguments.token,
+            )
+        if name == "dense":
+            config.cse_layers = []
+            twin = self.family.model_class(config)
+            twin.load_state_dict({key: model.state_dict()[key] for key in twin.state_dict()})
+            model = twin
+        return model
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def _train(self, name: str, clusters: ClusterExpertsCallback | None) -> PreTrainedModel:
+        folder = self.folder / name
+        if (folder / "training_args.bin").is_file():  # what `save_model` writes last: this part is done
+            return self.family.model_class.from_pretrained(folder)
+        model = self._model(name)
+        checkpoint = self._checkpoint(folder, clusters is not None)
+        args = replace(self.args, output_dir=str(folder), resume_from_checkpoint=checkpoint)
+        set_seed(args.seed)
+        trainer = Trainer(
+            model,
+            args,
+            data_collator=self.collator,
+            train_dataset=self.training,
+            eval_dataset=self.validation,
+            processing_class=self.tokenizer,
+            compute_metrics=perplexity_for_trainer(),
+            preprocess_logits_for_metrics=row_losses_for_trainer(shift=self.family.causal),
+            callbacks=[JsonLinesCallback(folder / "metrics.jsonl")],
+        )
+        if clusters is not None:
+            clusters.attach(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        return model
+
+    def _checkpoint(self, folder: Path, clusters: bool) -> str | None:
+        asked = self.args.resume_from_checkpoint
+        if asked is None:
+            return None
+        if Path(asked).parent.resolve() == folder.resolve():
+            return asked
+        return last_complete_checkpoint(folder, clusters)
+
+
+def pretrain(family: Family, argv: list[str] | None = None) -> dict[str, Any]:
+    """Runs a script's whole job from its command line (`parse_arguments`), and returns the report."""
+    return Pretraining(family, *parse_arguments(argv)).run()

@@ -1,0 +1,137 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""The end of a run: one evaluation of what was saved, a table, a picture, a card, and a sentence."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+
+from ..analysis import plot_run, read_metrics
+from ..evaluation import PerplexityByDomain, expert_shares, token_losses
+from ..hub import write_model_card
+
+
+Batches = Callable[[Dataset], Iterable[dict[str, torch.Tensor]]]
+
+
+def report_run(
+    folder: Path,
+    models: dict[str, PreTrainedModel],
+    validation: dict[str, Dataset],
+    batches: Batches,
+    *,
+    settings: dict[str, Any],
+    prompt: str,
+    base_model: str | None = None,
+) -> dict[str, Any]:
+    """
+    Evaluates the models of a run and writes `report.json`, `report.md`, `figure.png` and the model card.
+
+    Args:
+        folder: of the run; each model lies in a folder of its name there.
+        models: by run name, "cse" among them.
+        validation: packed and labelled blocks by domain.
+        batches: makes batches of such blocks.
+        settings: of the run, for the card.
+        prompt: beginning of the sentence to complete.
+        base_model: what the run started from.
+
+    Returns:
+        What `report.json` holds.
+    """
+    causal = models["cse"].can_generate()
+    perplexity = {name: evaluate_by_domain(model, validation, batches, causal) for name, model in models.items()}
+    routing = {domain: expert_shares(models["cse"], batches(blocks)) for domain, blocks in validation.items()}
+    report = {"perplexity": perplexity, "routing": routing, "sentence": complete(folder / "cse", prompt, causal)}
+    (folder / "report.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    table = perplexity_table(perplexity)
+    (folder / "report.md").write_text(table, encoding="utf-8")
+    plot_run({name: read_metrics(folder / name / "metrics.jsonl") for name in models}, routing, folder / "figure.png")
+    recipe = {name: value for name, value in settings.items() if not name.startswith(("data.", "model."))}
+    data = {domain: f"{len(blocks)} validation blocks" for domain, blocks in validation.items()}
+    write_model_card(
+        folder / "cse",
+        config=models["cse"].config,
+        results=perplexity,
+        recipe=_used(recipe),
+        data=data,
+        base_model=base_model,
+    )
+    print(f"\n{table}\nroutes:   share of tokens that go to experts  " + _routing_line(routing))
+    print(f"sentence: {report['sentence']}\nrun:      {folder} (figure.png, report.json, cse/)")
+    return report
+
+
+@torch.no_grad()
+def evaluate_by_domain(
+    model: PreTrainedModel, validation: dict[str, Dataset], batches: Batches, causal: bool
+) -> dict[str, float]:
+    """Perplexity of each domain, and under "all" that of their union."""
+    metric = PerplexityByDomain()
+    model.eval()
+    for domain, blocks in validation.items():
+        for batch in batches(blocks):
+            batch = {name: value.to(model.device) for name, value in batch.items()}
+            labels = batch.pop("labels")
+            losses, tokens = token_losses(model(**batch).logits, labels, shift=causal)
+            metric.add_batch(predictions=losses.tolist(), references=tokens.tolist(), domains=[domain] * len(losses))
+    result = metric.compute()
+    by_domain = result["perplexity_by_domain"]
+    return by_domain if list(by_domain) == ["all"] else {**by_domain, "all": result["perplexity"]}
+
+
+def perplexity_table(perplexity: dict[str, dict[str, float]]) -> str:
+    """Markdown: a row a domain, a column a run, and how far CSE is from its dense twin."""
+    runs = list(perplexity)
+    twin = {"cse", "dense"} <= set(runs)
+    rows = [["validation perplexity", *runs, *(["cse / dense"] if twin else [])]]
+    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
+    for domain in perplexity[runs[0]]:
+        values = [perplexity[run][domain] for run in runs]
+        ratio = [f"{perplexity['cse'][domain] / perplexity['dense'][domain]:.3f}"] if twin else []
+        rows.append([domain, *(f"{value:.2f}" for value in values), *ratio])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def complete(folder: Path, prompt: str, causal: bool) -> str:
+    """Loads a saved model as a stranger would, and lets it complete a prompt: greedily, or one masked word."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not causal:
+        model = AutoModelForMaskedLM.from_pretrained(folder).eval()
+        inputs = tokenizer(f"{prompt} {tokenizer.mask_token} .", return_tensors="pt")
+        place = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0, 0]
+        with torch.no_grad():
+            inputs["input_ids"][0, place] = model(**inputs).logits[0, place].argmax()
+        return tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    tokens = model.generate(
+        **inputs, max_new_tokens=30, do_sample=False, repetition_penalty=1.3, pad_token_id=tokenizer.eos_token_id
+    )
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def _routing_line(routing: dict[str, list[float]]) -> str:
+    return ", ".join(f"{domain} {sum(shares):.1%}" for domain, shares in routing.items())
+
+
+def _used(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The settings a reader wants in a card: what is set, without the Trainer's many unused ones."""
+    shown = (
+        "clusters.",
+        "training.learning_rate",
+        "training.lr_scheduler_type",
+        "training.max_steps",
+        "training.num_train_epochs",
+        "training.per_device_train_batch_size",
+        "training.gradient_accumulation_steps",
+        "training.warmup_steps",
+        "training.weight_decay",
+        "training.bf16",
+        "training.seed",
+    )
+    return {name: value for name, value in recipe.items() if name.startswith(shown) and value is not None}
