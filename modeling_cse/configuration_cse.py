@@ -77,8 +77,8 @@ class CSEFlags:
     cse_routing: Any = "discriminant"
     cse_radius_scaling: Any = True
     cse_max_clusters: Any = None
-    output_router_logits: bool = False
-    output_cluster_ids: bool = False
+    output_router_logits: Any = False
+    output_cluster_ids: Any = False
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -94,8 +94,9 @@ class CSEFlags:
         for flag, allowed in (("cse_combine", COMBINES), ("cse_routing", ROUTINGS)):
             if getattr(self, flag) not in allowed:
                 raise ValueError(f"{flag}={getattr(self, flag)!r} is not allowed: it must be one of {list(allowed)}.")
-        if not isinstance(self.cse_radius_scaling, bool):
-            raise ValueError(f"cse_radius_scaling={self.cse_radius_scaling!r} is not allowed: it must be a bool.")
+        for flag in ("cse_radius_scaling", "output_router_logits", "output_cluster_ids"):
+            if not isinstance(getattr(self, flag), bool):
+                raise ValueError(f"{flag}={getattr(self, flag)!r} is not allowed: it must be a bool.")
         if not _is_int(self.cse_num_experts) or self.cse_num_experts < 1:
             raise ValueError(f"cse_num_experts={self.cse_num_experts!r} is not allowed: it must be an int >= 1.")
         most = self.cse_max_clusters
@@ -106,7 +107,7 @@ class CSEFlags:
 
     def _require_subset(self, flag: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, flag)
-        if not isinstance(value, list | tuple) or not value or not set(value) <= set(allowed):
+        if not isinstance(value, list | tuple) or not value or not all(item in allowed for item in value):
             raise ValueError(f"{flag}={value!r} is not allowed: it must be a non-empty list out of {list(allowed)}.")
 
     def _validate_widths(self) -> None:

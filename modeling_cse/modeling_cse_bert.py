@@ -62,10 +62,12 @@ class CSEBertLayer(RoutedFFN, BertLayer):
         return self.mlp.experts
 
     def base_ffn(self, states):
-        def chunk(part):
-            return self.output.dense(self.intermediate(part))
+        if self.ffn_chunk_size and states.dim() == 3:
+            return apply_chunking_to_forward(self._base_ffn_chunk, self.ffn_chunk_size, 1, states)
+        return self._base_ffn_chunk(states)
 
-        return apply_chunking_to_forward(chunk, self.ffn_chunk_size, 1, states) if states.dim() == 3 else chunk(states)
+    def _base_ffn_chunk(self, states):
+        return self.output.dense(self.intermediate(states))
 
     def base_weights(self):
         return {
@@ -109,12 +111,35 @@ class CSEBertModel(CSEBertPreTrainedModel, BertModel):
         """The FFNs with experts, by layer index."""
         return {index: self.encoder.layer[index] for index in self.config.cse_layer_indices}
 
-    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        past_key_values=None,
+        use_cache=None,
+        **kwargs,
+    ):
         if self.config.cse_routing == "sequence" and self.config.cse_layer_indices:
             if self.config.is_decoder:
                 warn_that_routes_see_the_future(type(self).__name__)
-            kwargs["sequence_scope"] = SequenceScope.of(attention_mask, kwargs.get("position_ids"))
-        return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
+            kwargs["sequence_scope"] = SequenceScope.of(attention_mask, position_ids)
+        return super().forward(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
 
 
 class CSEBertForMaskedLM(CSEBertPreTrainedModel, BertForMaskedLM):

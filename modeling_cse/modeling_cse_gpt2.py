@@ -89,7 +89,19 @@ class CSEGPT2Model(CSEGPT2PreTrainedModel, GPT2Model):
         """The FFNs with experts, by layer index."""
         return {index: self.h[index].mlp for index in self.config.cse_layer_indices}
 
-    def forward(self, input_ids=None, past_key_values=None, attention_mask=None, **kwargs):
+    def forward(
+        self,
+        input_ids=None,
+        past_key_values=None,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        use_cache=None,
+        **kwargs,
+    ):
         if self.config.cse_routing == "sequence" and self.config.cse_layer_indices:
             if past_key_values is not None and past_key_values.get_seq_length() > 0:
                 raise ValueError(
@@ -97,8 +109,19 @@ class CSEGPT2Model(CSEGPT2PreTrainedModel, GPT2Model):
                     "whole sequence cannot be read from its last tokens. Use cse_routing='discriminant'."
                 )
             warn_that_routes_see_the_future(type(self).__name__)
-            kwargs["sequence_scope"] = SequenceScope.of(attention_mask, kwargs.get("position_ids"))
-        return super().forward(input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
+            kwargs["sequence_scope"] = SequenceScope.of(attention_mask, position_ids)
+        return super().forward(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            use_cache=use_cache,
+            **kwargs,
+        )
 
 
 class CSEGPT2ForCausalLM(CSEGPT2PreTrainedModel, GPT2LMHeadModel, GenerationMixin):

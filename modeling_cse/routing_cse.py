@@ -182,6 +182,8 @@ class ClusterRouter(nn.Module):
 
 def warn_that_routes_see_the_future(model_name: str) -> None:
     """Says once that a causal model was given routes over whole sequences."""
+    if torch.compiler.is_compiling():
+        return
     logger.warning_once(
         f"{model_name} with cse_routing='sequence': a route is read from the whole sequence, so logits see later "
         "tokens. Use it to train or score as a replication of the paper, never to judge a language model by its "

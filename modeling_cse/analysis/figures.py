@@ -8,23 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+from .style import DOMAIN_COLOURS, LEGEND, RUN_COLOURS, expert_colour, new_figure, plain, save_figure
 
-# Palettes that readers with any colour vision tell apart: Okabe and Ito's (its yellow is too pale for lines) and Tol's
-# "muted". Domains, runs and experts never share a colour, because they have nothing to do with each other.
-DOMAIN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-RUN_COLOURS = ("#000000", "#7A7A7A", "#444444", "#A8A8A8")
-EXPERT_COLOURS = ("#332288", "#DDCC77", "#AA4499", "#88CCEE", "#882255", "#44AA99", "#999933", "#CC6677", "#117733")
-COMMON_COLOUR = "#C8C8C8"
+
 # Dotted is left to the vertical lines.
 STYLES = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)))
 PERPLEXITY_KEY = re.compile(r"eval_(?:(.+)_)?perplexity")
-
-LEGEND = {"loc": "upper right", "framealpha": 0.85, "edgecolor": "none", "handlelength": 3, "fontsize": 9}
 
 Entries = list[dict]
 
@@ -78,8 +70,7 @@ def plot_run(runs: dict[str, Entries], routing: dict[str, list[float]] | None, p
     if routing is not None:
         _check_routing(routing)
     panels = 3 if routing else 2
-    figure = Figure(figsize=(5.4 * panels, 4.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.4 * panels, 4.6)
     axes = figure.subplots(1, panels)
     axes[1].sharex(axes[0])
     fitted = sorted({step for entries in runs.values() for step in _fitted_steps(entries)})
@@ -89,9 +80,7 @@ def plot_run(runs: dict[str, Entries], routing: dict[str, list[float]] | None, p
         _mark_fits(axis, fitted)
     if routing:
         _draw_routing(axes[2], routing)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    save_figure(figure, path)
 
 
 def _check_routing(routing: dict[str, list[float]]) -> None:
@@ -146,7 +135,7 @@ def _draw_loss(axis: Axes, runs: dict[str, Entries]) -> None:
         # A single point makes no line.
         marker = "o" if len(steps) == 1 else None
         colour = RUN_COLOURS[index % len(RUN_COLOURS)]
-        axis.plot(steps, losses, color=colour, marker=marker, label=_plain(name), **_style(index))
+        axis.plot(steps, losses, color=colour, marker=marker, label=plain(name), **_style(index))
     axis.legend(**LEGEND)
 
 
@@ -168,10 +157,10 @@ def _draw_perplexity(axis: Axes, runs: dict[str, Entries]) -> None:
         _scale_log(axis, min(values), max(values))
     colours = [DOMAIN_COLOURS[number % len(DOMAIN_COLOURS)] for number in range(len(domains))]
     handles = [Line2D([], [], color=colour, linewidth=4) for colour in colours]
-    labels = ["all" if domain is None else _plain(domain) for domain in domains]
+    labels = ["all" if domain is None else plain(domain) for domain in domains]
     if len(runs) > 1:
         handles += [Line2D([], [], color="#444444", **_marker(i, "#444444"), **_style(i)) for i in range(len(runs))]
-        labels += [_plain(name) for name in runs]
+        labels += [plain(name) for name in runs]
     axis.legend(handles, labels, ncols=1 if len(labels) < 8 else 2, **LEGEND)
 
 
@@ -217,11 +206,11 @@ def _draw_routing(axis: Axes, routing: dict[str, list[float]]) -> None:
     bars["common"] = [max(0.0, 1.0 - sum(routing[domain])) for domain in domains]
     width = 0.84 / len(bars)
     for index, (label, shares) in enumerate(bars.items()):
-        colour = COMMON_COLOUR if label == "common" else EXPERT_COLOURS[index % len(EXPERT_COLOURS)]
+        colour = expert_colour(-1 if label == "common" else index)
         places = [place + (index - (len(bars) - 1) / 2) * width for place in range(len(domains))]
         axis.bar(places, shares, width * 0.92, color=colour, label=label)
     crowded = sum(len(domain) for domain in domains) > 40
-    names = [_plain(domain) for domain in domains]
+    names = [plain(domain) for domain in domains]
     axis.set_xticks(range(len(names)), names, rotation=30 if crowded else 0, ha="right" if crowded else "center")
     axis.tick_params(axis="x", length=0)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -230,8 +219,3 @@ def _draw_routing(axis: Axes, routing: dict[str, list[float]]) -> None:
     columns = min(len(bars), 4 if len(bars) > 5 else 3)
     axis.set_ylim(0, 1.04 + 0.075 * math.ceil(len(bars) / columns))
     axis.legend(ncols=columns, **LEGEND | {"loc": "upper center", "handlelength": 1.5})
-
-
-def _plain(text: str) -> str:
-    """Matplotlib takes text between dollar signs for formulas and hides labels that begin with an underscore."""
-    return text.replace("$", r"\$").replace("_", " ").strip() or "unnamed"

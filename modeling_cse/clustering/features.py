@@ -8,6 +8,9 @@ import torch
 from ..routing_cse import SequenceScope, sequence_means
 
 
+DRIFT_DEGREE = 3
+
+
 @dataclass
 class RoutingFeatures:
     """
@@ -31,6 +34,23 @@ class RoutingFeatures:
 
     def cpu(self) -> "RoutingFeatures":
         return RoutingFeatures(self.embeddings.cpu(), self.tokens.cpu(), self.positions.cpu())
+
+    def detrended(self) -> "RoutingFeatures":
+        """
+        The same sample as if all of it had been taken at its end.
+
+        States drift while a model trains, early on by more than texts differ, and clusters of a sample taken over many
+        steps would be clusters of time. The mean state is followed by a cubic in the order of the sequences (four
+        numbers a dimension, far too few to follow the texts), and every state is moved along it to the end of the
+        sample. That asks for shuffled data: a corpus sorted by domain drifts because of its domains.
+        """
+        if len(self) < 2 * DRIFT_DEGREE:
+            return self
+        time = torch.linspace(-1.0, 1.0, len(self), dtype=torch.float64)
+        basis, _ = torch.linalg.qr(torch.stack([time**power for power in range(DRIFT_DEGREE + 1)], dim=1))
+        drift = basis @ (basis.T @ self.embeddings.double())
+        shift = (drift[-1] - drift).float()
+        return RoutingFeatures(self.embeddings + shift, self.tokens + shift.unsqueeze(1), self.positions)
 
     @classmethod
     def concatenate(cls, parts: list["RoutingFeatures"]) -> "RoutingFeatures":

@@ -44,7 +44,7 @@ class ClusterSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r} is not allowed: it must be an int >= {least}.")
-        if not 0 <= self.common_share <= 1:
+        if not isinstance(self.common_share, int | float) or not 0 <= self.common_share <= 1:
             raise ValueError(f"common_share={self.common_share!r} is not allowed: it must be from 0 to 1.")
 
 

@@ -64,15 +64,19 @@ def match_clusters(
 ) -> np.ndarray:
     """
     The old cluster that each new one continues, (K,) int64, -1 for a new one: the assignment with the least sum of
-    distances between centroids. States drift while a model trains, so both sides are compared about their own mean;
-    a pair further apart than the larger of its radii is no match.
+    distances between centroids, after the drift that all clusters share (the median shift of the matched pairs, so
+    that a cluster that came or went does not move the others). A pair further apart than the larger of its radii is
+    none.
     """
     matched = np.full(len(new_centroids), -1, np.int64)
     if not len(old_centroids):
         return matched
-    old = old_centroids.astype(np.float64) - old_centroids.mean(axis=0, dtype=np.float64)
-    new = new_centroids.astype(np.float64) - new_centroids.mean(axis=0, dtype=np.float64)
-    distance = np.linalg.norm(new[:, None] - old[None], axis=-1)
+    old, new = old_centroids.astype(np.float64), new_centroids.astype(np.float64)
+    drift = new.mean(axis=0) - old.mean(axis=0)
+    for _ in range(3):
+        rows, columns = linear_sum_assignment(np.linalg.norm(new[:, None] - old[None] - drift, axis=-1))
+        drift = np.median(new[rows] - old[columns], axis=0)
+    distance = np.linalg.norm(new[:, None] - old[None] - drift, axis=-1)
     for row, column in zip(*linear_sum_assignment(distance), strict=True):
         if distance[row, column] <= max(new_radii[row], old_radii[column]):
             matched[row] = column

@@ -31,7 +31,7 @@ class ModelArguments:
     model_revision: str = _flag("main", "Branch, tag or commit on the Hub.")
     token: str | None = _flag(None, "Token for private repositories on the Hub.")
     trust_remote_code: bool = _flag(False, "Allow code from the Hub to run.")
-    cse_layers: list[int] | None = _flag(None, "Layers with experts; default: as the config says.", nargs="*")
+    cse_layers: list[int] | None = _flag(None, "Layers with experts; default: as the config says.", nargs="+")
     cse_combine: str | None = _flag(None, "replace or add; default: as the config says.")
     cse_num_experts: int | None = _flag(None, "Expert slots a layer; default: as the config says.")
     cse_expert_size: int | None = _flag(None, "Width of an expert; default: as the config says.")

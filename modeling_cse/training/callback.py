@@ -65,7 +65,7 @@ class ClusterExpertsCallback(TrainerCallback):
             raise ValueError(f"warmup={warmup!r} is not allowed: it must be steps (int >= 0) or a share (0 to 1).")
         if isinstance(warmup, float) and not 0 < warmup < 1:
             raise ValueError(f"warmup={warmup!r} is not allowed: as a float it is a share of training, 0 to 1.")
-        if not isinstance(recluster_every, int) or recluster_every < 1:
+        if not isinstance(recluster_every, int) or isinstance(recluster_every, bool) or recluster_every < 1:
             raise ValueError(f"recluster_every={recluster_every!r} is not allowed: it must be an int >= 1.")
         if update not in UPDATES:
             raise ValueError(f"update={update!r} is not allowed: it must be one of {list(UPDATES)}.")
@@ -73,7 +73,7 @@ class ClusterExpertsCallback(TrainerCallback):
             raise ValueError(
                 f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={num_clusters}."
             )
-        if not 0 <= ema_decay <= 1:
+        if not isinstance(ema_decay, int | float) or not 0 <= ema_decay <= 1:
             raise ValueError(f"ema_decay={ema_decay!r} is not allowed: it must be from 0 to 1.")
         self.warmup, self.recluster_every, self.update = warmup, recluster_every, update
         self.sample_size, self.ema_decay = sample_size, ema_decay
@@ -125,7 +125,7 @@ class ClusterExpertsCallback(TrainerCallback):
         # Features drift while the model trains, so a fit sees the last batches before it and no older ones.
         sequences = args.train_batch_size * args.gradient_accumulation_steps * world_size()
         window = math.ceil(self.sample_size / sequences)
-        fit = self._next_fit(state.global_step)
+        fit = self._next_fit(state.global_step, state.max_steps)
         self.collector.enabled = fit is not None and fit - state.global_step <= window
 
     def on_step_end(
@@ -133,8 +133,10 @@ class ClusterExpertsCallback(TrainerCallback):
     ):
         if self.update == "ema" and self.memory.fits:
             self._move()
-        elif self._next_fit(state.global_step - 1) == state.global_step:
-            metrics, filled = fit_layers(model, self.collector.take(), self.settings, self.memory)
+        elif self._next_fit(state.global_step - 1, state.max_steps) == state.global_step:
+            features = gather_features(self.collector.take())
+            features = {layer: part and part.detrended() for layer, part in features.items()}
+            metrics, filled = fit_layers(model, features, self.settings, self.memory)
             for layer, slots in filled.items():
                 clear_moments(optimizer, self.collector.base.routed_ffns()[layer].experts, slots)
             self._log(state, control, metrics)
@@ -163,13 +165,15 @@ class ClusterExpertsCallback(TrainerCallback):
         if self.collector is not None:
             self.collector.detach()
 
-    def _next_fit(self, step: int) -> int | None:
-        """The first step after `step` at whose end clusters are fitted."""
+    def _next_fit(self, step: int, max_steps: int) -> int | None:
+        """The first step after `step` at whose end clusters are fitted; never the last one, because nothing would be
+        left to train what changed."""
         if step < self.warmup_steps:
             return self.warmup_steps
         if self.update != "recluster":
             return None
-        return self.warmup_steps + ((step - self.warmup_steps) // self.recluster_every + 1) * self.recluster_every
+        fit = self.warmup_steps + ((step - self.warmup_steps) // self.recluster_every + 1) * self.recluster_every
+        return fit if fit < max_steps else None
 
     def _move(self) -> None:
         features = gather_features(self.collector.take())

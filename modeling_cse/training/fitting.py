@@ -21,7 +21,7 @@ def fit_layers(
     memory: ClusterMemory,
 ) -> tuple[dict[str, float], dict[int, list[int]]]:
     """
-    Fits every layer on the features of all ranks, and writes nothing unless all of them succeed.
+    Fits every layer on features that all ranks share, and writes nothing unless all of them succeed.
 
     Returns:
         Metrics by name, and the expert slots that changed hands, by layer.
@@ -31,7 +31,6 @@ def fit_layers(
     """
     start = time.perf_counter()
     ffns = routed_base_model(model).routed_ffns()
-    features = gather_features(features)
 
     def compute():
         fits = {}
@@ -84,6 +83,10 @@ def fit_experts(
         ValueError: no batch, fewer sequences than clusters, features that are not finite, or a wrong setting.
     """
     settings = ClusterSettings(algorithm, num_clusters, common_share, patience, seed)
+    if not isinstance(sample_size, int) or sample_size < num_clusters:
+        raise ValueError(
+            f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={num_clusters}."
+        )
     base = routed_base_model(model)
     collector = FeatureCollector(model, local_capacity(sample_size), training_only=False)
     inputs = {"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"}
@@ -99,5 +102,5 @@ def fit_experts(
     finally:
         collector.detach()
         model.train(was_training)
-    metrics, _ = fit_layers(model, collector.take(), settings, ClusterMemory())
+    metrics, _ = fit_layers(model, gather_features(collector.take()), settings, ClusterMemory())
     return metrics

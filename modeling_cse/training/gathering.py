@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -18,14 +19,16 @@ def is_distributed() -> bool:
 
 
 def gather_features(features: dict[int, RoutingFeatures | None]) -> dict[int, RoutingFeatures | None]:
-    """Joins the features of all ranks in the order of the ranks. A rank may have none."""
+    """Joins the features of all ranks, in the order in which they were taken. A rank may have none."""
     if not is_distributed():
         return features
     everyone = gather_object([features])
     joined = {}
     for layer in features:
         parts = [own[layer] for own in everyone if own[layer] is not None]
-        joined[layer] = RoutingFeatures.concatenate(parts) if parts else None
+        # Ranks collect side by side: what each took at the same share of its sample stands together.
+        time = torch.cat([torch.linspace(0, 1, len(part)) for part in parts]) if parts else None
+        joined[layer] = RoutingFeatures.concatenate(parts)[time.argsort(stable=True)] if parts else None
     return joined
 
 

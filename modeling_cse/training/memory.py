@@ -81,6 +81,9 @@ def load_state(folder: Path, rank: int, step: int, memory: ClusterMemory, stores
             metadata, named = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:  # safetensors has no error class of its own for a broken file
         raise ValueError(f"{path} cannot be read, so the run cannot go on exactly from there: {error}") from error
+    layers = set(json.loads((metadata or {}).get("seen", "{}")))
+    if layers != {str(layer) for layer in stores}:
+        raise ValueError(f"{path} is not the clustering state of this model: its layers are {sorted(layers)}.")
     if int(metadata["step"]) != step:
         raise ValueError(f"{path} was written at step {metadata['step']}, but the checkpoint is of step {step}.")
     memory.fits = int(metadata["fits"])

@@ -1,0 +1,173 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Promises of routing features: means over the tokens of a sequence alone, tokens from everywhere in it, bounded."""
+
+import pytest
+import torch
+from sklearn.metrics import adjusted_mutual_info_score
+
+from modeling_cse.clustering import FeatureStore, RoutingFeatures, find_clusters, sample_features
+from modeling_cse.routing_cse import SequenceScope, sequence_means
+
+
+def positions_of(*lengths: int) -> torch.Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])
+
+
+def ragged(side: str, rows: int = 5, length: int = 12) -> torch.Tensor:
+    """A mask with 12, 10, 8, ... tokens a row."""
+    mask = torch.ones(rows, length, dtype=torch.long)
+    for row in range(rows):
+        mask[row, length - 2 * row :] = 0
+    return mask.flip(1) if side == "left" else mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_means_leave_padding_out(side, dtype):
+    states, mask = torch.randn(5, 12, 8).to(dtype), ragged(side)
+    means, counts, index = sequence_means(states, SequenceScope.of(mask, None))
+    assert means.dtype == torch.float32 and means.shape == (5, 8)
+    for row in range(5):
+        torch.testing.assert_close(means[row], states[row][mask[row].bool()].float().mean(0))
+        assert counts[row] == mask[row].sum() and (index[row] == row).all()
+
+
+def test_means_of_a_packed_row_are_those_of_its_documents():
+    states = torch.randn(2, 12, 8)
+    lengths = ((3, 4, 5), (6, 6))
+    places = torch.stack([positions_of(*row) for row in lengths])
+    means, counts, index = sequence_means(states, SequenceScope.of(None, places))
+    assert counts.sum() == 24 and (counts > 0).sum() == 5
+    for row, parts in enumerate(lengths):
+        start = 0
+        for part in parts:
+            own = index[row, start : start + part]
+            assert (own == own[0]).all() and counts[own[0]] == part
+            torch.testing.assert_close(means[own[0]], states[row, start : start + part].mean(0))
+            start += part
+
+
+@pytest.mark.parametrize("filler", [0, 1])
+def test_left_padding_with_positions_is_one_sequence(filler):
+    """Whatever positions the padding was given."""
+    states, mask = torch.randn(3, 12, 8), ragged("left", 3)
+    places = (mask.cumsum(-1) - 1).masked_fill(mask == 0, filler)
+    means, counts, index = sequence_means(states, SequenceScope.of(mask, places))
+    for row in range(3):
+        own = index[row][mask[row].bool()]
+        assert (own == own[0]).all()
+        torch.testing.assert_close(means[own[0]], states[row][mask[row].bool()].mean(0))
+
+
+def test_one_row_of_positions_stands_for_all_rows():
+    states = torch.randn(3, 6, 8)
+    means, counts, _ = sequence_means(states, SequenceScope.of(None, positions_of(2, 4).unsqueeze(0)))
+    assert sorted(counts[counts > 0].tolist()) == [2, 2, 2, 4, 4, 4]
+    torch.testing.assert_close(means[counts == 2], states[:, :2].mean(1))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_sampled_tokens_are_valid_tokens_at_their_positions(side):
+    states, mask = torch.randn(5, 12, 8), ragged(side)
+    features = sample_features(states, SequenceScope.of(mask, None), 4, 0)
+    assert len(features) == 5 and features.tokens.shape == (5, 4, 8)
+    for row in range(5):
+        own = states[row][mask[row].bool()]
+        torch.testing.assert_close(features.tokens[row], own[features.positions[row]], atol=0, rtol=0)
+        torch.testing.assert_close(features.embeddings[row], own.mean(0))
+
+
+def test_sampled_tokens_of_packed_documents_stay_in_them():
+    states = torch.randn(1, 12, 8)
+    features = sample_features(states, SequenceScope.of(None, positions_of(3, 4, 5).unsqueeze(0)), 3, 0)
+    assert len(features) == 3
+    for document, (start, length) in enumerate(((0, 3), (3, 4), (7, 5))):
+        own = states[0, start : start + length]
+        torch.testing.assert_close(features.embeddings[document], own.mean(0))
+        assert torch.equal(features.tokens[document], own[features.positions[document]])
+
+
+def test_rows_without_a_token_are_left_out():
+    mask = torch.tensor([[1, 1, 1], [0, 0, 0], [1, 0, 0]])
+    features = sample_features(torch.randn(3, 3, 8), SequenceScope.of(mask, None), 2, 0)
+    assert len(features) == 2 and features.positions[1].tolist() == [0, 0]
+
+
+def test_each_part_of_a_sequence_gives_a_token_and_all_positions_are_met():
+    met = set()
+    for offset in range(40):
+        places = sample_features(torch.randn(1, 32, 4), SequenceScope(), 4, offset).positions[0]
+        assert (places // 8).tolist() == [0, 1, 2, 3]
+        met |= set(places.tolist())
+    assert met == set(range(32))
+
+
+def test_cutting_a_batch_up_changes_no_feature():
+    states = torch.randn(6, 10, 4)
+    whole = sample_features(states, SequenceScope(), 3, 0)
+    parts = [sample_features(states[i : i + 2], SequenceScope(), 3, i) for i in (0, 2, 4)]
+    joined = RoutingFeatures.concatenate(parts)
+    assert torch.equal(whole.tokens, joined.tokens) and torch.equal(whole.positions, joined.positions)
+    torch.testing.assert_close(whole.embeddings, joined.embeddings)
+
+
+def test_features_of_half_precision_states_are_fp32():
+    features = sample_features(torch.randn(2, 6, 4).bfloat16(), SequenceScope(), 3, 0)
+    assert features.embeddings.dtype == features.tokens.dtype == torch.float32
+
+
+def numbered(*values: int) -> RoutingFeatures:
+    column = torch.tensor(values, dtype=torch.float32).unsqueeze(1)
+    return RoutingFeatures(column, column.unsqueeze(1), torch.zeros(len(values), 1, dtype=torch.long))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 8, 20])
+def test_store_is_bounded_and_keeps_the_newest(batch):
+    store = FeatureStore(5)
+    for start in range(0, 40, batch):
+        store.add(numbered(*range(start, start + batch)))
+        assert len(store) <= 5
+    assert store.seen == -(-40 // batch) * batch
+    assert store.all().embeddings.flatten().tolist() == list(range(store.seen - 5, store.seen))
+
+
+def test_store_is_empty_after_clearing():
+    store = FeatureStore(5)
+    assert store.all() is None
+    store.add(numbered(1, 2))
+    store.clear()
+    assert store.all() is None and len(store) == 0 and store.seen == 2
+
+
+def drifting(count=400, width=6, seed=0):
+    """Two clusters of texts, and a drift of all states that is wider than the gap between them."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(2, (count,), generator=generator)
+    texts = torch.randn(count, width, generator=generator) * 0.1 + labels.unsqueeze(1)
+    time = torch.linspace(0, 1, count).unsqueeze(1)
+    drift = torch.cat([8 * time, -5 * time**2, torch.zeros(count, width - 2)], dim=1)
+    states = texts + drift
+    tokens = states.unsqueeze(1).expand(-1, 3, -1).clone()
+    return labels, texts, RoutingFeatures(states, tokens, torch.zeros(count, 3, dtype=torch.long)), drift
+
+
+def test_drift_during_the_sample_is_moved_to_its_end():
+    """Clusters are those of texts again, where they had been clusters of time; tokens move with their sequence."""
+    labels, texts, features, drift = drifting()
+
+    def found(embeddings):
+        clusters = find_clusters(embeddings.numpy(), "kmeans", 2, 0).labels
+        return adjusted_mutual_info_score(labels.numpy(), clusters)
+
+    assert found(features.embeddings) < 0.1
+    moved = features.detrended()
+    assert found(moved.embeddings) > 0.95
+    # the mean of all texts at the end of the drift, up to what four numbers a dimension take of the texts' own noise
+    expected = texts.mean(0) + drift[-1]
+    assert (moved.embeddings.mean(0) - expected).abs().max() < 0.5
+    assert torch.allclose(moved.tokens - features.tokens, (moved.embeddings - features.embeddings).unsqueeze(1))
+
+
+def test_a_handful_of_sequences_is_left_as_it_is():
+    _, _, features, _ = drifting(count=5)
+    assert features.detrended() is features

@@ -1,0 +1,140 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Promises of ownership: an expert keeps its domain, does not flicker, and is never given to a stranger as it is."""
+
+import numpy as np
+import pytest
+
+from modeling_cse.clustering import Identities, assign_experts, long_tail, match_clusters
+
+
+CENTROIDS = (10 * np.eye(4, 6)).astype(np.float32)
+RADII = np.ones(4, np.float32)
+SHARES = np.array([0.6, 0.2, 0.15, 0.05])
+
+
+def assign(identities=None, centroids=CENTROIDS, shares=SHARES, *, slots: int = 4, share: float = 0.5, patience=3):
+    identities = Identities.none(6) if identities is None else identities
+    radii = np.ones(len(centroids), np.float32)
+    return assign_experts(
+        identities, centroids, radii, np.asarray(shares), common_share=share, num_experts=slots, patience=patience
+    )
+
+
+@pytest.mark.parametrize(
+    ("common_share", "tail"),
+    [(0.0, [1, 1, 1, 1]), (0.1, [0, 1, 1, 1]), (0.6, [0, 1, 1, 1]), (0.61, [0, 0, 1, 1]), (1.0, [0, 0, 0, 0])],
+)
+def test_common_are_the_largest_until_they_hold_the_share(common_share, tail):
+    assert long_tail(SHARES, common_share).tolist() == [bool(flag) for flag in tail]
+
+
+def test_long_tail_does_not_ask_for_an_order():
+    assert long_tail(np.array([0.05, 0.6, 0.15, 0.2]), 0.7).tolist() == [True, False, True, False]
+
+
+def test_share_of_one_is_common_in_spite_of_rounding():
+    shares = np.full(10, 0.1)
+    assert not long_tail(shares / shares.sum(), 1.0).any()
+
+
+def test_first_fit_gives_slots_to_the_largest_of_the_tail():
+    ownership = assign()
+    assert ownership.experts.tolist() == [-1, 0, 1, 2]
+    assert ownership.filled == [0, 1, 2] and ownership.unserved == 0
+
+
+def test_slots_run_out():
+    ownership = assign(slots=2)
+    assert ownership.experts.tolist() == [-1, 0, 1, -1]
+    assert ownership.filled == [0, 1] and ownership.unserved == 1
+    again = assign(ownership.identities, slots=2)
+    assert again.experts.tolist() == [-1, 0, 1, -1] and again.filled == [] and again.unserved == 1
+
+
+@pytest.mark.parametrize("order", [[3, 2, 1, 0], [1, 0, 3, 2], [2, 3, 0, 1]])
+def test_clusters_in_another_order_keep_their_experts(order):
+    first = assign()
+    again = assign(first.identities, CENTROIDS[order], SHARES[order])
+    assert again.experts.tolist() == first.experts[order].tolist() and again.filled == []
+
+
+def test_drift_of_all_states_keeps_experts():
+    first = assign()
+    moved = CENTROIDS[[2, 0, 3, 1]] + 25
+    again = assign(first.identities, moved.astype(np.float32), SHARES[[2, 0, 3, 1]])
+    assert again.experts.tolist() == [1, -1, 2, 0] and again.filled == []
+
+
+def test_a_stranger_does_not_inherit():
+    """Its domain is another one: the slot of the old one waits for it, and a fresh slot is filled."""
+    first = assign()
+    centroids = CENTROIDS.copy()
+    centroids[2] = [0, 0, 0, 0, 9, 9]
+    matched = match_clusters(CENTROIDS, RADII, centroids, RADII)
+    assert matched[2] == -1
+    again = assign(first.identities, centroids)
+    assert again.experts[2] not in first.experts and again.filled == [int(again.experts[2])]
+
+
+def test_nothing_matches_nothing():
+    assert match_clusters(np.zeros((0, 6)), np.zeros(0), CENTROIDS, RADII).tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3])
+def test_an_owner_that_turns_common_keeps_its_expert_for_a_while(patience):
+    state = assign().identities
+    common = np.array([0.3, 0.5, 0.15, 0.05])  # the second cluster, owner of slot 0, now is the largest
+    for fit in range(1, patience + 1):
+        ownership = assign(state, shares=common, patience=patience)
+        assert ownership.experts[1] == (0 if fit < patience else -1)
+        state = ownership.identities
+    back = assign(state, patience=patience)
+    assert back.experts[1] >= 0 and back.filled == [int(back.experts[1])]
+
+
+def test_coming_back_from_common_starts_the_count_anew():
+    state, common = assign().identities, np.array([0.3, 0.5, 0.15, 0.05])
+    for shares in (common, common, SHARES, common, common, SHARES):
+        ownership = assign(state, shares=shares)
+        assert ownership.experts[1] == 0 and 0 not in ownership.filled
+        state = ownership.identities
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3])
+def test_an_absent_owner_keeps_its_expert_for_a_while(patience):
+    state = assign().identities
+    present, shares = CENTROIDS[:3], SHARES[:3] / SHARES[:3].sum()
+    for _ in range(patience - 1):
+        state = assign(state, present, shares, patience=patience).identities
+    back = assign(state, patience=patience)
+    assert back.experts.tolist() == [-1, 0, 1, 2] and back.filled == []
+    for _ in range(patience):
+        state = assign(state, present, shares, patience=patience).identities
+    late = assign(state, patience=patience)
+    assert late.filled == [int(late.experts[3])]
+
+
+def test_the_slot_of_an_absent_owner_is_not_given_away_while_it_is_kept():
+    first = assign(slots=3)
+    centroids = CENTROIDS.copy()
+    centroids[3] = [0, 0, 0, 0, 9, 9]
+    state = first.identities
+    for fit in (1, 2, 3):
+        ownership = assign(state, centroids, slots=3)
+        assert ownership.unserved == (1 if fit < 3 else 0)
+        state = ownership.identities
+    assert ownership.experts[3] == 2 and ownership.filled == [2]
+
+
+def test_no_slot_has_two_owners():
+    random = np.random.default_rng(0)
+    state = Identities.none(6)
+    for _ in range(60):
+        count = random.integers(1, 8)
+        shares = random.dirichlet(np.ones(count))
+        centroids = (3 * random.standard_normal((count, 6))).astype(np.float32)
+        ownership = assign(state, centroids, shares, share=random.random())
+        owned = [expert for expert in ownership.identities.experts if expert >= 0]
+        assert len(set(owned)) == len(owned) and set(ownership.filled) <= set(ownership.experts)
+        assert ((0 <= ownership.identities.idle) & (ownership.identities.idle < 3)).all()
+        state = ownership.identities

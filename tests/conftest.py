@@ -1,0 +1,39 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""What holds for every test: no network, one thread, no progress bars; and the choices that most tests repeat."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+
+# Models this small gain nothing from a second thread, and wait for it whenever the machine is busy.
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """No test sees how many random numbers the one before it drew."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["gpt2", "bert"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(params=["replace", "add"])
+def combine(request):
+    return request.param
+
+
+@pytest.fixture(params=["discriminant", "sequence"])
+def routing(request):
+    return request.param

@@ -1,0 +1,46 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""A run's folder."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from modeling_cse.runs.folder import JsonLinesCallback, check_folder, last_complete_checkpoint, write_settings
+
+
+def test_a_folder_with_a_run_is_only_taken_to_resume_it(tmp_path):
+    settings = {"model.cse_layers": [1], "training.seed": 0}
+    check_folder(tmp_path, settings, resume=False)
+    write_settings(tmp_path, settings)
+    with pytest.raises(ValueError, match="holds a run already"):
+        check_folder(tmp_path, settings, resume=False)
+    check_folder(tmp_path, settings, resume=True)
+    with pytest.raises(ValueError, match=r"other settings of \['training.seed'\]"):
+        check_folder(tmp_path, {**settings, "training.seed": 1}, resume=True)
+
+
+def test_checkpoints_cut_short_are_passed_over(tmp_path):
+    for step, names in ((4, ["trainer_state.json", "optimizer.pt"]), (12, ["optimizer.pt"]), (8, [])):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+    assert last_complete_checkpoint(tmp_path, needs_clusters=False) == str(tmp_path / "checkpoint-4")
+    assert last_complete_checkpoint(tmp_path, needs_clusters=True) is None
+    (tmp_path / "checkpoint-4" / "cluster_state_rank0.safetensors").touch()
+    assert last_complete_checkpoint(tmp_path, needs_clusters=True) == str(tmp_path / "checkpoint-4")
+
+
+def test_metrics_of_steps_that_are_run_again_are_dropped(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    callback = JsonLinesCallback(path)
+    state = SimpleNamespace(is_world_process_zero=True, log_history=[])
+    callback.on_train_begin(None, state, None)
+    for step in (1, 2, 3):
+        state.log_history.append({"step": step, "loss": 1.0 / step})
+        callback.on_log(None, state, None)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    resumed = SimpleNamespace(is_world_process_zero=True, log_history=state.log_history[:2])
+    callback.on_train_begin(None, resumed, None)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]

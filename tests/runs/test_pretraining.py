@@ -1,0 +1,204 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Whole runs, as the scripts make them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from modeling_cse.runs import BERT, GPT2, pretrain
+
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "examples" / "data"
+TIMINGS = ("runtime", "per_second", "seconds")
+FLAGS = {
+    "train_file": DATA / "train.jsonl.gz",
+    "validation_file": DATA / "validation.jsonl.gz",
+    "domain_column": "domain",
+    "max_train_samples": 120,
+    "max_eval_samples": 9,
+    "tokenizer_vocab_size": 800,
+    "block_size": 64,
+    "max_steps": 14,
+    "per_device_train_batch_size": 4,
+    "learning_rate": "3e-3",
+    "logging_steps": 2,
+    "save_steps": 4,
+    "eval_strategy": "steps",
+    "eval_steps": 7,
+    "warmup": 5,
+    "recluster_every": 5,
+    "num_clusters": 3,
+    "sample_size": 16,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "compare_with_dense": True,
+}
+SMALL = {
+    "gpt2": "n_embd=32,n_layer=3,n_head=4,n_positions=64",
+    "bert": "hidden_size=32,num_hidden_layers=3,num_attention_heads=4,intermediate_size=64,max_position_embeddings=64",
+}
+
+
+def flags(folder, family="gpt2", **changes):
+    values = {**FLAGS, "config_overrides": SMALL[family], "output_dir": folder, **changes}
+    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def metrics(path):
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if not k.endswith(TIMINGS)} for entry in entries]
+
+
+@pytest.fixture(scope="module")
+def gpt2_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt2") / "run"
+    return folder, pretrain(GPT2, flags(folder))
+
+
+def test_a_run_is_one_folder_with_everything_in_it(gpt2_run):
+    folder, report = gpt2_run
+    for name in ("run.json", "report.json", "report.md", "figure.png", "cse/README.md", "cse/model.safetensors"):
+        assert (folder / name).stat().st_size > 0, name
+    assert json.loads((folder / "report.json").read_text()) == report
+    steps = [entry["step"] for entry in metrics(folder / "cse" / "metrics.jsonl") if "loss" in entry]
+    assert steps == [2, 4, 6, 8, 10, 12, 14]
+
+
+def test_the_report_compares_with_the_dense_twin_by_domain(gpt2_run):
+    folder, report = gpt2_run
+    assert set(report["perplexity"]) == {"cse", "dense"}
+    assert set(report["perplexity"]["cse"]) == {"general", "legal", "medical", "all"}
+    assert "cse / dense" in (folder / "report.md").read_text()
+    assert all(len(shares) == 4 and 0 <= sum(shares) <= 1 for shares in report["routing"].values())
+    assert report["sentence"].startswith("The")
+
+
+def test_evaluation_inside_training_and_of_the_saved_model_agree(gpt2_run):
+    folder, report = gpt2_run
+    last = {}
+    for entry in metrics(folder / "cse" / "metrics.jsonl"):
+        last.update(entry)
+    for domain in ("general", "legal", "medical"):
+        assert last[f"eval_{domain}_perplexity"] == pytest.approx(report["perplexity"]["cse"][domain], rel=1e-5)
+
+
+def test_twins_are_the_same_until_experts_come_on(gpt2_run):
+    folder, _ = gpt2_run
+    runs = [metrics(folder / name / "metrics.jsonl") for name in ("cse", "dense")]
+    losses = [{entry["step"]: entry["loss"] for entry in run if "loss" in entry} for run in runs]
+    assert losses[0][2] == losses[1][2] and losses[0][4] == losses[1][4]
+    assert losses[0][14] != losses[1][14]
+
+
+def test_the_saved_model_loads_by_its_name_alone(gpt2_run):
+    folder, _ = gpt2_run
+    model = AutoModelForCausalLM.from_pretrained(folder / "cse")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "cse")
+    assert type(model).__name__ == "CSEGPT2ForCausalLM" and len(tokenizer) == model.config.vocab_size
+    assert all(ffn.router.num_clusters == 3 for ffn in model.base_model.routed_ffns().values())
+
+
+def test_a_finished_run_is_not_trained_again(gpt2_run):
+    folder, report = gpt2_run
+    before = (folder / "cse" / "model.safetensors").stat().st_mtime_ns
+    assert pretrain(GPT2, flags(folder, resume_from_checkpoint="last"))["perplexity"] == report["perplexity"]
+    assert (folder / "cse" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_bert_runs_by_the_same_script(tmp_path):
+    report = pretrain(BERT, flags(tmp_path / "run", "bert", eval_strategy="no", eval_steps=None))
+    assert set(report["perplexity"]["dense"]) == {"general", "legal", "medical", "all"}
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "cse")
+    assert type(model).__name__ == "CSEBertForMaskedLM"
+
+
+def test_it_goes_on_from_a_dense_checkpoint(tmp_path, gpt2_run):
+    folder, _ = gpt2_run
+    dense = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    names = set(GPT2Config().to_dict())
+    values = {k: v for k, v in dense.config.to_dict().items() if k in names and k not in ("model_type", "auto_map")}
+    stock = GPT2LMHeadModel(GPT2Config(**values))
+    stock.load_state_dict(dense.state_dict())
+    stock.save_pretrained(tmp_path / "stock")
+    AutoTokenizer.from_pretrained(folder / "dense").save_pretrained(tmp_path / "stock")
+    report = pretrain(
+        GPT2,
+        [
+            *flags(
+                tmp_path / "run",
+                model_name_or_path=tmp_path / "stock",
+                config_overrides=None,
+                tokenizer_vocab_size=None,
+                compare_with_dense=False,
+            ),
+            "--cse_layers",
+            "-1",
+        ],
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "cse")
+    assert list(model.base_model.routed_ffns()) == [2] and set(report["perplexity"]) == {"cse"}
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"text_column": "body"}, "body"),
+        ({"num_clusters": 40, "sample_size": 64}, "cse_max_clusters"),
+        ({"num_clusters": 12, "sample_size": 12, "warmup": 2}, "num_clusters=12"),
+        ({"block_size": 65}, "block_size=65"),
+        ({"tokenizer_vocab_size": None}, "tokenizer_name"),
+        ({"model_type": "gpt_neo"}, "gpt_neo"),
+        ({"cse_routing": "nearest"}, "cse_routing='nearest'"),
+        ({"update": "never"}, "update='never'"),
+        ({"train_file": "missing.jsonl"}, "missing.jsonl"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_leaves_nothing(tmp_path, changes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        pretrain(GPT2, flags(tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "cse" / "model.safetensors").exists()
+    if "num_clusters" not in changes:  # what only the training data can tell shows when training has begun
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 9])
+def test_a_killed_run_resumes_to_the_bit(tmp_path, gpt2_run, step):
+    """SIGKILL after some step; then the same command finishes as if nothing had been."""
+    whole, _ = gpt2_run
+    folder = tmp_path / "run"
+    command = [sys.executable, "examples/run_clm.py", *flags(folder, resume_from_checkpoint="last")]
+    # sums over another number of threads round differently
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log, deadline = folder / "cse" / "metrics.jsonl", time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.is_file() and any(entry.get("step", 0) >= step for entry in metrics(log)):
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, process.stdout.read().decode()[-2000:]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "cse" / "model.safetensors").exists()
+    pretrain(GPT2, flags(folder, resume_from_checkpoint="last"))
+    for name in ("cse", "dense"):
+        # the mean over the whole run is the Trainer's, over the steps of its last process
+        runs = [metrics(path / name / "metrics.jsonl") for path in (whole, folder)]
+        kept = [[entry for entry in run if "train_loss" not in entry] for run in runs]
+        assert kept[0] == kept[1]
+        weights = [load_file(path / name / "model.safetensors") for path in (whole, folder)]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
