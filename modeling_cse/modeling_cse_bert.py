@@ -3,6 +3,7 @@
 
 from torch import nn
 from transformers.integrations import use_experts_implementation
+from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert.modeling_bert import (
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -184,7 +185,7 @@ class CSEBertForMaskedLM(CSEBertPreTrainedModel, BertForMaskedLM):
         loss = self.loss_function(
             outputs.logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
         )
-        return CSEMaskedLMOutput(loss=loss, **outputs)
+        return MaskedLMOutput(loss=loss, **outputs)
 
     forward = carries_routing(forward, CSEMaskedLMOutput)
 

@@ -52,7 +52,8 @@ def carries_routing(forward: Callable, output_class: type[ModelOutput] | None = 
     def wrapper(self, *args, **kwargs):
         asked = [key for key in ROUTING_KEYS if kwargs.get(f"output_{key}", getattr(self.config, f"output_{key}"))]
         if not asked:
-            return forward(self, *args, **kwargs)
+            outputs = forward(self, *args, **kwargs)
+            return outputs if output_class is None or isinstance(outputs, tuple) else output_class(**outputs)
         recorded = {}
         hook = self.base_model.register_forward_hook(
             lambda module, inputs, output: recorded.update({key: output[key] for key in asked})

@@ -261,3 +261,10 @@ def test_checkpointing_changes_neither_loss_nor_gradients(family, head, combine,
     assert found[0][1].keys() == found[1][1].keys()
     for name, gradient in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("family", "head"), LANGUAGE_HEADS)
+def test_language_heads_have_the_fields_also_when_nothing_was_asked_for(family, head):
+    """Callers read `outputs.router_logits` without knowing the config, as with every mixture-of-experts model."""
+    outputs = activate(tiny_model(family, head))(**labelled(family, head))
+    assert outputs.router_logits is None and outputs.cluster_ids is None
