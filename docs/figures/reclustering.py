@@ -26,7 +26,7 @@ from modeling_cse.training import ClusterExpertsCallback, FeatureCollector
 
 
 SEED = 0
-FITS = (300, 375)
+FITS = (180, 280)
 BLOCKS = {"general": 250, "legal": 100, "medical": 100}
 
 
@@ -85,7 +85,7 @@ def train(output: str) -> Watcher:
         domains,
         warmup=FITS[0],
         recluster_every=FITS[1] - FITS[0],
-        num_clusters=6,
+        num_clusters=4,
         common_share=0.7,
         sample_size=512,
         seed=SEED,
@@ -97,7 +97,8 @@ def train(output: str) -> Watcher:
         output_dir=output,
         max_steps=FITS[1],
         per_device_train_batch_size=8,
-        learning_rate=4e-3,
+        learning_rate=2e-3,
+        adam_beta2=0.95,
         lr_scheduler_type="cosine",
         warmup_steps=50,
         weight_decay=0.1,
