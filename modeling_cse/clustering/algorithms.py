@@ -62,12 +62,7 @@ def find_clusters(embeddings: np.ndarray, algorithm: str, num_clusters: int, see
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm={algorithm!r} is not allowed: it must be one of {list(ALGORITHMS)}.")
-    bad = int((~np.isfinite(embeddings).all(axis=1)).sum())
-    if bad:
-        raise ValueError(
-            f"{bad} of {len(embeddings)} routing features are NaN or infinite: the model's activations have "
-            "diverged, so there is nothing to cluster. Lower the learning rate, or look for bad input."
-        )
+    check_finite(embeddings)
     if len(embeddings) < num_clusters:
         raise ValueError(
             f"num_clusters={num_clusters} is more than the {len(embeddings)} sequences that were sampled: ask for "
@@ -79,6 +74,16 @@ def find_clusters(embeddings: np.ndarray, algorithm: str, num_clusters: int, see
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters: handled below
         labels = model.fit_predict(embeddings)
     return describe_clusters(embeddings, labels)
+
+
+def check_finite(embeddings: np.ndarray) -> None:
+    """Raises `ValueError` if any of the embeddings (N, d) is NaN or infinite."""
+    bad = int((~np.isfinite(embeddings).all(axis=1)).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {len(embeddings)} routing features are NaN or infinite: the model's activations have "
+            "diverged, so there is nothing to cluster. Lower the learning rate, or look for bad input."
+        )
 
 
 def describe_clusters(embeddings: np.ndarray, labels: np.ndarray) -> Clustering:

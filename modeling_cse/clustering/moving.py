@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from ..routing_cse import ClusterRouter
+from .algorithms import check_finite
 from .discriminant import Discriminant
 
 
@@ -25,8 +26,12 @@ def move_clusters(
 
     Returns:
         The moved discriminant.
+
+    Raises:
+        ValueError: embeddings that are not finite; nothing has moved then.
     """
     count = router.num_clusters
+    check_finite(embeddings.numpy())
     embeddings = embeddings.to(router.centroids.device)
     # unused rows come last, and none of them may win
     nearest = router.nearness(embeddings)[:, :count].argmax(-1)

@@ -97,3 +97,14 @@ def test_members_are_those_the_router_would_route_there(scaling):
     move_clusters(router, discriminant, between, DECAY)
     changed = (router.centroids != before).any(1)
     assert changed.nonzero().flatten().tolist() == [nearest]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_embeddings_that_are_not_finite_are_refused_and_nothing_moves(bad):
+    router, discriminant = made()
+    before = {name: buffer.clone() for name, buffer in router.named_buffers()}
+    embeddings = torch.zeros(4, 32)
+    embeddings[2, 5] = bad
+    with pytest.raises(ValueError, match="1 of 4 routing features are NaN or infinite"):
+        move_clusters(router, discriminant, embeddings, DECAY)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in router.named_buffers())
