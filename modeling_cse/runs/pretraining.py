@@ -48,6 +48,9 @@ class Family:
 GPT2 = Family("gpt2", CSEGPT2Config, CSEGPT2ForCausalLM, causal=True)
 BERT = Family("bert", CSEBertConfig, CSEBertForMaskedLM, causal=False)
 
+# The model, and its twin without experts; each has a folder of its name.
+RUNS = ("cse", "dense")
+
 # Where a run lives and how it reports may change when it is resumed; everything else must not.
 FREE_SETTINGS = {"output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name", "push_to_hub"}
 
@@ -69,13 +72,14 @@ class Pretraining:
             The report: perplexities by run and domain, expert shares by domain, the completed sentence.
         """
         self.folder = Path(self.args.output_dir)
+        self._check_arguments()
         resume = self.args.resume_from_checkpoint is not None
         check_folder(self.folder, self._settings(), resume)
         callback = ClusterExpertsCallback(**self.cluster_arguments.callback_arguments(self.args.seed))
         self._load_data()
         self._model("cse")  # a wrong config must show before anything is written
         write_settings(self.folder, self._settings())
-        names = ["cse", "dense"] if self.cluster_arguments.compare_with_dense else ["cse"]
+        names = RUNS if self.cluster_arguments.compare_with_dense else RUNS[:1]
         results = {name: self._train(name, callback if name == "cse" else None) for name in names}
         return report_run(
             self.folder,
@@ -86,6 +90,28 @@ class Pretraining:
             prompt=self.cluster_arguments.prompt,
             base_model=self.model_arguments.model_name_or_path,
         )
+
+    def _check_arguments(self) -> None:
+        """Refuses settings of which one would silently be passed over."""
+        model, asked = self.model_arguments, self.args.resume_from_checkpoint
+        for name in ("config_overrides", "tokenizer_vocab_size"):
+            if model.model_name_or_path is not None and getattr(model, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(model, name)!r} is not allowed with model_name_or_path: a checkpoint has its "
+                    "own."
+                )
+        if model.tokenizer_name is not None and model.tokenizer_vocab_size is not None:
+            raise ValueError(
+                f"tokenizer_vocab_size={model.tokenizer_vocab_size} is not allowed with tokenizer_name: choose one."
+            )
+        if asked in (None, "last"):
+            return
+        own = [(self.folder / name).resolve() for name in RUNS]
+        if not Path(asked).is_dir() or Path(asked).resolve().parent not in own:
+            raise ValueError(
+                f"resume_from_checkpoint={asked!r} is not allowed: it must be 'last' or an existing checkpoint of "
+                f"this run, like {str(self.folder / RUNS[0] / 'checkpoint-100')!r}."
+            )
 
     def _settings(self) -> dict[str, Any]:
         groups = {
@@ -142,7 +168,7 @@ class Pretraining:
 
     def _load_tokenizer(self, corpus: Dataset | IterableDataset) -> PreTrainedTokenizerBase:
         model = self.model_arguments
-        name = model.tokenizer_name or (None if model.tokenizer_vocab_size else model.model_name_or_path)
+        name = model.tokenizer_name or model.model_name_or_path
         if name is not None:
             return AutoTokenizer.from_pretrained(
                 name,
@@ -271,7 +297,7 @@ class Pretraining:
         asked = self.args.resume_from_checkpoint
         if asked is None:
             return None
-        if Path(asked).parent.resolve() == folder.resolve():
+        if Path(asked).resolve().parent == folder.resolve():
             return asked
         return last_complete_checkpoint(folder, clusters)
 

@@ -164,6 +164,10 @@ def test_it_goes_on_from_a_dense_checkpoint(tmp_path, gpt2_run):
         ({"cse_routing": "nearest"}, "cse_routing='nearest'"),
         ({"update": "never"}, "update='never'"),
         ({"train_file": "missing.jsonl"}, "missing.jsonl"),
+        ({"model_name_or_path": "somewhere", "tokenizer_vocab_size": None}, "config_overrides"),
+        ({"model_name_or_path": "somewhere", "config_overrides": None}, "tokenizer_vocab_size=800"),
+        ({"tokenizer_name": "somewhere"}, "tokenizer_vocab_size=800"),
+        ({"resume_from_checkpoint": "latest"}, "resume_from_checkpoint='latest'"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_leaves_nothing(tmp_path, changes, complaint):
