@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 
 from modeling_cse.analysis import ClusterView, plot_reclustering
 from modeling_cse.analysis.style import COMMON_COLOUR, EXPERT_COLOURS
@@ -28,19 +27,6 @@ def make_view(step: int = 80, shift: float = 0.0, **changes) -> ClusterView:
         step=step,
     )
     return replace(view, **changes)
-
-
-@pytest.fixture
-def drawn(monkeypatch) -> list[Figure]:
-    """The figures that are saved, to look at what is in them."""
-    figures, save = [], Figure.savefig
-
-    def keep_and_save(figure: Figure, *args, **kwargs) -> None:
-        figures.append(figure)
-        save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", keep_and_save)
-    return figures
 
 
 def points_by_colour(axis) -> dict[str, int]:

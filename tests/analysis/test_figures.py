@@ -7,7 +7,6 @@ import math
 import matplotlib
 import pytest
 from matplotlib import pyplot
-from matplotlib.figure import Figure
 
 from modeling_cse.analysis import plot_run, read_metrics
 
@@ -22,19 +21,6 @@ def log_history(gain: float = 0.0) -> list[dict]:
         if gain and step in (30, 60):
             entries.append({"step": step, "cse/layer_5/clusters": 6, "cse/layer_5/share_routed": 0.1})
     return entries + [{"step": 100, "train_loss": 4.0, "train_runtime": 1.0}]
-
-
-@pytest.fixture
-def drawn(monkeypatch) -> list[Figure]:
-    """The figures that are saved, to look at what is in them."""
-    figures, save = [], Figure.savefig
-
-    def keep_and_save(figure: Figure, *args, **kwargs) -> None:
-        figures.append(figure)
-        save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", keep_and_save)
-    return figures
 
 
 def curves(axis) -> list:
