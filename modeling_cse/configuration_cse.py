@@ -8,9 +8,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import BertConfig, GPT2Config
 
 
-MODULES = ("ffn",)
+MODULES = ("attention", "ffn")
 COMBINES = ("replace", "add")
-ROUTINGS = ("discriminant", "sequence")
+ROUTINGS = ("discriminant", "sequence", "given")
 
 # Rows of the fused expert tensors must start on 16-byte boundaries for the grouped matrix product, in bf16 too.
 WIDTH_MULTIPLE = 8
@@ -50,18 +50,19 @@ class CSEFlags:
             Layers that get cluster-guided experts; negative indices count from the end. `None` means the last two
             layers (the paper's setting), an empty list means exactly the dense model.
         cse_modules (`list[str]`, defaults to `["ffn"]`):
-            Which modules of those layers get experts. Allowed: `"ffn"`.
+            Which modules of those layers get experts: `"ffn"` (MoF), `"attention"` (MoA), or both.
         cse_combine (`str`, defaults to `"replace"`):
-            `"replace"`: a routed token goes through its expert instead of the base FFN, and experts start as copies
-            of it (the paper). `"add"`: base plus expert, whose output layer starts at zero.
+            `"replace"`: a routed token goes through its expert instead of the base module, and experts start as
+            copies of it (the paper). `"add"`: base plus expert, which starts with a zero output.
         cse_num_experts (`int`, defaults to 4):
             Expert slots per layer.
         cse_expert_size (`int`, *optional*):
-            Width of an expert, a multiple of 8. Default: the base width (`"replace"`), or the base width over the
+            Width of an FFN expert, a multiple of 8. Default: the base width (`"replace"`), or the base width over the
             number of slots (`"add"`), rounded up to a multiple of 8. `"replace"` takes no width below the base's.
         cse_routing (`str`):
             `"discriminant"` (default of GPT-2): each token by its own state, causal. `"sequence"` (default of BERT):
-            the whole sequence by its masked mean state.
+            the whole sequence by its masked mean state. `"given"`: by `cluster_labels` that come with the batch, for
+            controls (random or oracle routing) and where domains are known.
         cse_radius_scaling (`bool`, defaults to `True`):
             `"sequence"` only: divide the distance to a centroid by the cluster's radius.
         cse_max_clusters (`int`, *optional*):

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""The experts: fused weights of all slots, and the FFN that sends routed tokens through them.
+"""The experts: fused weights of all slots of a module, for FFNs (MoF) and for attention (MoA).
 
 Shapes are named in routing_cse.py.
 """
@@ -10,17 +10,15 @@ from torch import nn
 from torch.func import functional_call
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.integrations.moe import _grouped_linear
 
-from .routing_cse import SequenceScope
 
-
-class CSEExperts(nn.Module):
+class FusedExperts(nn.Module):
     """
-    GELU FFN experts as fused 3-D tensors, in the layout of transformers' experts interface: `up_proj` (E, f, d),
-    `up_proj_bias` (E, f), `down_proj` (E, d, f), `down_proj_bias` (E, d), with f the width of an expert.
+    What all experts share. Parameters are fused: their first dimension is the slot.
 
-    Each modeling file derives its own class under `@use_experts_implementation`, because transformers looks for the
-    decorator in the source file of the model.
+    A slot is written when a cluster takes it (`fill`), in a way that changes no logit: as a copy of the base
+    (`cse_combine="replace"`), or with a zero output (`"add"`).
     """
 
     def __init__(self, config):
@@ -28,6 +26,54 @@ class CSEExperts(nn.Module):
         self.num_experts = config.cse_num_experts
         self.combine = config.cse_combine
         self.initializer_range = config.initializer_range
+
+    def init_weights(self) -> None:
+        """Fills what no checkpoint has filled."""
+        raise NotImplementedError
+
+    def fresh_slot(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """A slot on the CPU that adds nothing to the base (`"add"`), but learns from its first gradient on."""
+        raise NotImplementedError
+
+    def lay_base(self, base: dict[str, torch.Tensor], slot: dict[str, torch.Tensor]) -> None:
+        """Writes the base over a slot, as far as it reaches. Weights and optimizer moments alike.
+
+        Args:
+            base: of the base module, in `nn.Linear` layout under the names of the fused tensors.
+            slot: in the shapes of one slot; written in place.
+        """
+        for name, tensor in base.items():
+            slot[name].copy_(tensor)
+
+    @torch.no_grad()
+    def fill(self, slot: int, base: dict[str, torch.Tensor], generator: torch.Generator) -> None:
+        """
+        Writes a slot so that no logit changes.
+
+        Args:
+            slot: the expert to write.
+            base: weights of the base module in `nn.Linear` layout, under the names of the fused tensors.
+            generator: source of fresh weights, on the CPU.
+        """
+        tensors = self.fresh_slot(generator)
+        if self.combine == "replace":
+            self.lay_base(base, tensors)
+        for name, parameter in self.named_parameters():
+            parameter[slot] = tensors[name].to(parameter)
+
+
+
+class CSEExperts(FusedExperts):
+    """
+    FFN experts in the layout of transformers' experts interface: `up_proj` (E, f, d), `up_proj_bias` (E, f),
+    `down_proj` (E, d, f), `down_proj_bias` (E, d), with f the width of an expert.
+
+    Each modeling file derives its own class under `@use_experts_implementation`, because transformers looks for the
+    decorator in the source file of the model.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
         experts, hidden, width = config.cse_num_experts, config.hidden_size, config.expert_size
         self.up_proj = nn.Parameter(torch.empty(experts, width, hidden))
         self.up_proj_bias = nn.Parameter(torch.empty(experts, width))
@@ -36,7 +82,6 @@ class CSEExperts(nn.Module):
         self.act_fn = ACT2FN[config.ffn_activation]
 
     def init_weights(self) -> None:
-        """Fills what no checkpoint has filled. A slot is written anew when a cluster takes it (`fill`)."""
         init.normal_(self.up_proj, std=self.initializer_range)
         init.zeros_(self.up_proj_bias)
         init.normal_(self.down_proj, std=self.initializer_range if self.combine == "replace" else 0.0)
@@ -67,81 +112,89 @@ class CSEExperts(nn.Module):
         cast = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
         return functional_call(self, cast, (arguments[0].to(dtype), *arguments[1:]))
 
-    @torch.no_grad()
-    def fill(self, slot: int, base: dict[str, torch.Tensor], generator: torch.Generator) -> None:
-        """
-        Writes an expert that changes no logit: a copy of the base FFN (`replace`; units beyond the base's width have
-        a zero output), or an expert with a zero output layer (`add`).
+    def lay_base(self, base: dict[str, torch.Tensor], slot: dict[str, torch.Tensor]) -> None:
+        # units beyond the base's width keep what they have, with a zero output
+        width = len(base["up_proj"])
+        inner = {"up_proj": slot["up_proj"][:width], "up_proj_bias": slot["up_proj_bias"][:width]}
+        super().lay_base(base, {**slot, **inner, "down_proj": slot["down_proj"][:, :width]})
 
-        Args:
-            slot: the expert to write.
-            base: weights of the base FFN in `nn.Linear` layout, under the names of the fused tensors.
-            generator: source of the fresh input weights, on the CPU.
-        """
-        fresh = torch.empty(self.up_proj.shape[1:]).normal_(std=self.initializer_range, generator=generator)
-        self.up_proj[slot] = fresh.to(self.up_proj)
-        for tensor in (self.up_proj_bias, self.down_proj, self.down_proj_bias):
-            tensor[slot].zero_()
-        if self.combine == "replace":
-            width = len(base["up_proj"])
-            self.up_proj[slot, :width] = base["up_proj"]
-            self.up_proj_bias[slot, :width] = base["up_proj_bias"]
-            self.down_proj[slot, :, :width] = base["down_proj"]
-            self.down_proj_bias[slot] = base["down_proj_bias"]
+    def fresh_slot(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        slot = {name: torch.zeros(parameter.shape[1:]) for name, parameter in self.named_parameters()}
+        slot["up_proj"].normal_(std=self.initializer_range, generator=generator)
+        return slot
 
 
-class RoutedFFN:
+# Where each projection of the base lies in the fused output of `qkv_proj`, in units of d.
+QKV = {"qkv": (0, 3), "query": (0, 1), "key": (1, 2), "value": (2, 3)}
+
+
+class CSEAttentionExperts(FusedExperts):
     """
-    What the FFNs of both families share. A class with this mixin has a `router`, its `experts`, the base FFN as
-    `base_ffn(states)` without dropout, and the base weights as `base_weights()`.
+    Attention experts: per slot the projections to query, key and value, and the output projection. The attention
+    between them is one for all tokens, so that a cache holds one key and one value a token.
+
+    Parameters: `qkv_proj` (E, 3d, d), `qkv_proj_bias` (E, 3d), `out_proj` (E, d, d), `out_proj_bias` (E, d).
     """
 
-    def routed_ffn(self, hidden_states: torch.Tensor, scope: SequenceScope) -> torch.Tensor:
-        """Base FFN and experts for (B, T, d) states, before dropout and residual."""
-        _, _, expert_ids = self.router(hidden_states, scope)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self._mix_static(hidden_states, expert_ids)
-        return self._mix_gathered(hidden_states, expert_ids)
+    def __init__(self, config):
+        super().__init__(config)
+        self.config = config
+        experts, hidden = config.cse_num_experts, config.hidden_size
+        self.qkv_proj = nn.Parameter(torch.empty(experts, 3 * hidden, hidden))
+        self.qkv_proj_bias = nn.Parameter(torch.empty(experts, 3 * hidden))
+        self.out_proj = nn.Parameter(torch.empty(experts, hidden, hidden))
+        self.out_proj_bias = nn.Parameter(torch.empty(experts, hidden))
 
-    def _mix_gathered(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
-        """Each token pays for what it uses: rows are gathered by kind first, which makes shapes depend on data."""
-        states, expert_ids = hidden_states.flatten(0, 1), expert_ids.flatten()
-        routed = (expert_ids >= 0).nonzero().squeeze(-1)
-        if not len(routed) and not self._experts_must_have_gradients():
-            return self.base_ffn(hidden_states)
-        answers = self.experts.run(states.index_select(0, routed), expert_ids.index_select(0, routed))
-        if self.experts.combine == "add" or not len(routed):
-            base = self.base_ffn(hidden_states)
-            return base.flatten(0, 1).index_add(0, routed, answers.to(base.dtype)).view_as(base)
-        common = (expert_ids < 0).nonzero().squeeze(-1)
-        base = self.base_ffn(states.index_select(0, common))
-        mixed = base.new_empty(hidden_states.shape).flatten(0, 1)
-        mixed = mixed.index_copy(0, common, base).index_copy(0, routed, answers.to(base.dtype))
-        return mixed.view(hidden_states.shape)
+    def init_weights(self) -> None:
+        std = self.initializer_range if self.combine == "replace" else 0.0
+        init.normal_(self.qkv_proj, std=std)
+        init.zeros_(self.qkv_proj_bias)
+        init.normal_(self.out_proj, std=std)
+        init.zeros_(self.out_proj_bias)
 
-    def _mix_static(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
-        """The same with shapes that do not depend on data, for compilation and export: tokens without an expert go
-        through slot 0 and count for nothing."""
-        routed = expert_ids >= 0
-        answers = self.experts.run(
-            hidden_states.flatten(0, 1),
-            expert_ids.clamp_min(0).flatten(),
-            routed.flatten().to(hidden_states.dtype),
-        )
-        base = self.base_ffn(hidden_states)
-        answers = answers.view(hidden_states.shape).to(base.dtype)
-        if self.experts.combine == "add":
-            return base + answers
-        return torch.where(routed.unsqueeze(-1), answers, base)
+    def forward(
+        self, states: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor | None, projection: str
+    ) -> torch.Tensor:
+        """One expert a token: states (N, d), expert ids (N,) in [0, E), weights (N,) or None for ones, and which
+        projection: `"out"` or one of `QKV`. Returns (N, width of the projection)."""
+        weight, bias = self._projection(projection)
+        device = states.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            states, weight, bias = states.to(dtype), weight.to(dtype), bias.to(dtype)
+        if self.config._experts_implementation == "eager":
+            answers = _linear_by_loop(states, weight, bias, expert_ids)
+        else:
+            answers = _linear_by_group(states, weight, bias, expert_ids)
+        return answers if weights is None else answers * weights.unsqueeze(-1).to(answers.dtype)
 
-    def _experts_must_have_gradients(self) -> bool:
-        """DistributedDataParallel waits for a gradient of every parameter, also in a batch that routes nothing."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return distributed and torch.is_grad_enabled() and self.training
+    def _projection(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if name == "out":
+            return self.out_proj, self.out_proj_bias
+        width = self.out_proj.shape[-1]
+        first, last = (place * width for place in QKV[name])
+        return self.qkv_proj[:, first:last], self.qkv_proj_bias[:, first:last]
 
-    def fill_expert(self, slot: int, generator: torch.Generator) -> None:
-        """Starts the expert of a slot from the base FFN (`CSEExperts.fill`)."""
-        self.experts.fill(slot, self.base_weights(), generator)
+    def fresh_slot(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        # one linear map each: it learns from zero
+        return {name: torch.zeros(parameter.shape[1:]) for name, parameter in self.named_parameters()}
 
 
-__all__ = ["CSEExperts", "RoutedFFN"]
+def _linear_by_loop(states, weight, bias, expert_ids):
+    """Visits every expert, also one without tokens: see `CSEExperts.forward`."""
+    output = states.new_zeros(len(states), weight.shape[1])
+    for expert in range(len(weight)):
+        token = (expert_ids == expert).nonzero().squeeze(-1)
+        output = output.index_add(0, token, F.linear(states[token], weight[expert], bias[expert]).to(output.dtype))
+    return output
+
+
+def _linear_by_group(states, weight, bias, expert_ids):
+    """One grouped matrix product over tokens in the order of their experts."""
+    sorted_ids, order = torch.sort(expert_ids, stable=True)
+    ends = torch.searchsorted(sorted_ids, torch.arange(len(weight), device=states.device), right=True)
+    answers = _grouped_linear(states[order], weight, ends.to(torch.int32), bias=bias[sorted_ids])
+    return answers[torch.argsort(order)].to(states.dtype)
+
+
+__all__ = ["CSEAttentionExperts", "CSEExperts", "FusedExperts", "QKV"]

@@ -1,10 +1,12 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """BERT with cluster-guided sparse experts: only what differs from the in-tree model."""
 
+import torch
 from torch import nn
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert.modeling_bert import (
+    BertAttention,
     BertForMaskedLM,
     BertForMultipleChoice,
     BertForNextSentencePrediction,
@@ -24,10 +26,11 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_cse import CSEBertConfig
-from .experts_cse import CSEExperts, RoutedFFN
+from .dispatch_cse import RoutedAttention, RoutedFFN, RoutedModule, RoutedProjection, Site, unchanged
+from .experts_cse import CSEExperts
 from .outputs_cse import CSEMaskedLMOutput, CSEPreTrainingOutput, carries_routing
 from .pretrained_cse import CSEPreTrainedMixin
-from .routing_cse import ClusterRouter, SequenceScope, warn_that_routes_see_the_future
+from .routing_cse import ClusterRouter, RoutingContext, warn_that_routes_see_the_future
 
 
 @use_experts_implementation(has_gate=False, has_bias=True)
@@ -44,15 +47,53 @@ class CSEBertMLP(nn.Module):
         self.experts = CSEBertExperts(config)
 
 
+class RoutedLinear(RoutedProjection, nn.Linear):
+    """A projection of BERT's attention."""
+
+
+class CSEBertAttention(RoutedAttention, BertAttention):
+    """The stock self-attention under its stock parameter names, beside a router and experts."""
+
+    def __init__(self, config: CSEBertConfig, layer_idx: int | None = None):
+        super().__init__(config, is_causal=config.is_decoder, layer_idx=layer_idx)
+        self.add_experts(config)
+        width = config.hidden_size
+        for name in ("query", "key", "value"):
+            setattr(self.self, name, RoutedLinear(width, width, dispatch=self.dispatch, projection=name))
+        self.output.dense = RoutedLinear(width, width, dispatch=self.dispatch, projection="out")
+        self.context = RoutingContext()
+
+    def base_weights(self, of=unchanged):
+        inner = (self.self.query, self.self.key, self.self.value)
+        return {
+            "qkv_proj": torch.cat([of(projection.weight) for projection in inner]),
+            "qkv_proj_bias": torch.cat([of(projection.bias) for projection in inner]),
+            "out_proj": of(self.output.dense.weight),
+            "out_proj_bias": of(self.output.dense.bias),
+        }
+
+    def forward(self, hidden_states, *args, **kwargs):
+        self.route(hidden_states, self.context)
+        return super().forward(hidden_states, *args, **kwargs)
+
+
 class CSEBertLayer(RoutedFFN, BertLayer):
-    """The stock layer with experts beside its FFN."""
+    """The stock layer with experts beside its FFN, its attention, or both."""
 
     def __init__(self, config: CSEBertConfig, layer_idx: int | None = None):
         super().__init__(config, layer_idx=layer_idx)
-        self.mlp = CSEBertMLP(config)
-        self.scope = SequenceScope()
-        # The stock layer would cut the sequence before the router has seen it: only the base FFN is chunked here.
-        self.ffn_chunk_size, self.chunk_size_feed_forward = self.chunk_size_feed_forward, 0
+        self.modules_with_experts = tuple(config.cse_modules)
+        if "attention" in self.modules_with_experts:
+            self.attention = CSEBertAttention(config, layer_idx=layer_idx)
+        if "ffn" in self.modules_with_experts:
+            self.mlp = CSEBertMLP(config)
+            # The stock layer would cut the sequence before the router has seen it: only the base FFN is chunked here.
+            self.ffn_chunk_size, self.chunk_size_feed_forward = self.chunk_size_feed_forward, 0
+        self.context = RoutingContext()
+
+    def routed_parts(self) -> dict[str, RoutedModule]:
+        named = {"attention": self.attention, "ffn": self}
+        return {name: module for name, module in named.items() if name in self.modules_with_experts}
 
     @property
     def router(self) -> ClusterRouter:
@@ -70,20 +111,23 @@ class CSEBertLayer(RoutedFFN, BertLayer):
     def _base_ffn_chunk(self, states):
         return self.output.dense(self.intermediate(states))
 
-    def base_weights(self):
+    def base_weights(self, of=unchanged):
         return {
-            "up_proj": self.intermediate.dense.weight,
-            "up_proj_bias": self.intermediate.dense.bias,
-            "down_proj": self.output.dense.weight,
-            "down_proj_bias": self.output.dense.bias,
+            "up_proj": of(self.intermediate.dense.weight),
+            "up_proj_bias": of(self.intermediate.dense.bias),
+            "down_proj": of(self.output.dense.weight),
+            "down_proj_bias": of(self.output.dense.bias),
         }
 
-    def forward(self, *args, sequence_scope: SequenceScope = SequenceScope(), **kwargs):
-        self.scope = sequence_scope
+    def forward(self, *args, routing_context: RoutingContext = RoutingContext(), **kwargs):
+        for module in self.routed_parts().values():
+            module.context = routing_context
         return super().forward(*args, **kwargs)
 
     def feed_forward_chunk(self, attention_output):
-        ffn_output = self.output.dropout(self.routed_ffn(attention_output, self.scope))
+        if "ffn" not in self.modules_with_experts:
+            return super().feed_forward_chunk(attention_output)
+        ffn_output = self.output.dropout(self.routed_ffn(attention_output, self.context))
         return self.output.LayerNorm(ffn_output + attention_output)
 
 
@@ -108,9 +152,13 @@ class CSEBertModel(CSEBertPreTrainedModel, BertModel):
         if config.cse_layer_indices:  # otherwise the stock model has drawn its weights already
             self.post_init()
 
-    def routed_ffns(self) -> dict[int, RoutedFFN]:
-        """The FFNs with experts, by layer index."""
-        return {index: self.encoder.layer[index] for index in self.config.cse_layer_indices}
+    def routed_modules(self) -> dict[Site, RoutedModule]:
+        """The modules with experts, in the order in which data meets them."""
+        return {
+            Site(index, name): module
+            for index in self.config.cse_layer_indices
+            for name, module in self.encoder.layer[index].routed_parts().items()
+        }
 
     def forward(
         self,
@@ -123,12 +171,14 @@ class CSEBertModel(CSEBertPreTrainedModel, BertModel):
         encoder_attention_mask=None,
         past_key_values=None,
         use_cache=None,
+        cluster_labels=None,
         **kwargs,
     ):
-        if self.config.cse_routing == "sequence" and self.config.cse_layer_indices:
-            if self.config.is_decoder:
+        if self.config.cse_layer_indices:
+            if self.config.cse_routing == "sequence" and self.config.is_decoder:
                 warn_that_routes_see_the_future(type(self).__name__)
-            kwargs["sequence_scope"] = SequenceScope.of(attention_mask, position_ids)
+            context = RoutingContext.of(self, attention_mask, position_ids, cluster_labels)
+            kwargs.update(context.as_argument())
         return super().forward(
             input_ids,
             attention_mask=attention_mask,

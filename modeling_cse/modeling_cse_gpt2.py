@@ -6,6 +6,7 @@ from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.models.gpt2.modeling_gpt2 import (
     GPT2MLP,
+    GPT2Attention,
     GPT2Block,
     GPT2ForQuestionAnswering,
     GPT2ForSequenceClassification,
@@ -14,13 +15,15 @@ from transformers.models.gpt2.modeling_gpt2 import (
     GPT2Model,
     GPT2PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_cse import CSEGPT2Config
-from .experts_cse import CSEExperts, RoutedFFN
+from .dispatch_cse import RoutedAttention, RoutedFFN, RoutedModule, RoutedProjection, Site, unchanged
+from .experts_cse import CSEExperts
 from .outputs_cse import CSECausalLMOutput, carries_routing
 from .pretrained_cse import CSEPreTrainedMixin
-from .routing_cse import ClusterRouter, SequenceScope, warn_that_routes_see_the_future
+from .routing_cse import ClusterRouter, RoutingContext, warn_that_routes_see_the_future
 
 
 @use_experts_implementation(has_gate=False, has_bias=True)
@@ -35,32 +38,68 @@ class CSEGPT2MLP(RoutedFFN, GPT2MLP):
         super().__init__(intermediate_size, config)
         self.router = ClusterRouter(config)
         self.experts = CSEGPT2Experts(config)
-        self.scope = SequenceScope()
+        self.context = RoutingContext()
 
     def base_ffn(self, states):
         return self.c_proj(self.act(self.c_fc(states)))
 
-    def base_weights(self):
+    def base_weights(self, of=unchanged):
         return {
-            "up_proj": self.c_fc.weight.T,
-            "up_proj_bias": self.c_fc.bias,
-            "down_proj": self.c_proj.weight.T,
-            "down_proj_bias": self.c_proj.bias,
+            "up_proj": of(self.c_fc.weight).T,
+            "up_proj_bias": of(self.c_fc.bias),
+            "down_proj": of(self.c_proj.weight).T,
+            "down_proj_bias": of(self.c_proj.bias),
         }
 
     def forward(self, hidden_states):
-        return self.dropout(self.routed_ffn(hidden_states, self.scope))
+        return self.dropout(self.routed_ffn(hidden_states, self.context))
 
 
-class CSEGPT2Block(GPT2Block):
-    """Hands its FFN the scope of the sequences, also when a checkpointed block is computed again."""
+class RoutedConv1D(RoutedProjection, Conv1D):
+    """A projection of GPT-2's attention."""
+
+
+class CSEGPT2Attention(RoutedAttention, GPT2Attention):
+    """The stock self-attention under its stock parameter names, beside a router and experts."""
 
     def __init__(self, config: CSEGPT2Config, layer_idx: int | None = None):
         super().__init__(config, layer_idx=layer_idx)
-        self.mlp = CSEGPT2MLP(config.base_ffn_size, config)
+        self.add_experts(config)
+        width = self.embed_dim
+        self.c_attn = RoutedConv1D(3 * width, width, dispatch=self.dispatch, projection="qkv")
+        self.c_proj = RoutedConv1D(width, width, dispatch=self.dispatch, projection="out")
+        self.context = RoutingContext()
 
-    def forward(self, *args, sequence_scope: SequenceScope = SequenceScope(), **kwargs):
-        self.mlp.scope = sequence_scope
+    def base_weights(self, of=unchanged):
+        return {
+            "qkv_proj": of(self.c_attn.weight).T,
+            "qkv_proj_bias": of(self.c_attn.bias),
+            "out_proj": of(self.c_proj.weight).T,
+            "out_proj_bias": of(self.c_proj.bias),
+        }
+
+    def forward(self, hidden_states, *args, **kwargs):
+        self.route(hidden_states, self.context)
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+class CSEGPT2Block(GPT2Block):
+    """Hands its modules the context of the forward pass, also when a checkpointed block is computed again."""
+
+    def __init__(self, config: CSEGPT2Config, layer_idx: int | None = None):
+        super().__init__(config, layer_idx=layer_idx)
+        if "attention" in config.cse_modules:
+            self.attn = CSEGPT2Attention(config, layer_idx=layer_idx)
+        if "ffn" in config.cse_modules:
+            self.mlp = CSEGPT2MLP(config.base_ffn_size, config)
+
+    def routed_parts(self) -> dict[str, RoutedModule]:
+        named = {"attention": self.attn, "ffn": self.mlp}
+        return {name: module for name, module in named.items() if isinstance(module, RoutedModule)}
+
+    def forward(self, *args, routing_context: RoutingContext = RoutingContext(), **kwargs):
+        for module in self.routed_parts().values():
+            module.context = routing_context
         return super().forward(*args, **kwargs)
 
 
@@ -85,9 +124,13 @@ class CSEGPT2Model(CSEGPT2PreTrainedModel, GPT2Model):
         if config.cse_layer_indices:  # otherwise the stock model has drawn its weights already
             self.post_init()
 
-    def routed_ffns(self) -> dict[int, RoutedFFN]:
-        """The FFNs with experts, by layer index."""
-        return {index: self.h[index].mlp for index in self.config.cse_layer_indices}
+    def routed_modules(self) -> dict[Site, RoutedModule]:
+        """The modules with experts, in the order in which data meets them."""
+        return {
+            Site(index, name): module
+            for index in self.config.cse_layer_indices
+            for name, module in self.h[index].routed_parts().items()
+        }
 
     def forward(
         self,
@@ -100,16 +143,14 @@ class CSEGPT2Model(CSEGPT2PreTrainedModel, GPT2Model):
         encoder_hidden_states=None,
         encoder_attention_mask=None,
         use_cache=None,
+        cluster_labels=None,
         **kwargs,
     ):
-        if self.config.cse_routing == "sequence" and self.config.cse_layer_indices:
-            if past_key_values is not None and past_key_values.get_seq_length() > 0:
-                raise ValueError(
-                    "past_key_values is not empty, which cse_routing='sequence' does not allow: a route over the "
-                    "whole sequence cannot be read from its last tokens. Use cse_routing='discriminant'."
-                )
-            warn_that_routes_see_the_future(type(self).__name__)
-            kwargs["sequence_scope"] = SequenceScope.of(attention_mask, position_ids)
+        if self.config.cse_layer_indices:
+            if self.config.cse_routing == "sequence":
+                self._check_that_sequences_are_whole(past_key_values)
+            context = RoutingContext.of(self, attention_mask, position_ids, cluster_labels)
+            kwargs.update(context.as_argument())
         return super().forward(
             input_ids,
             past_key_values=past_key_values,
@@ -122,6 +163,14 @@ class CSEGPT2Model(CSEGPT2PreTrainedModel, GPT2Model):
             use_cache=use_cache,
             **kwargs,
         )
+
+    def _check_that_sequences_are_whole(self, past_key_values) -> None:
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise ValueError(
+                "past_key_values is not empty, which cse_routing='sequence' does not allow: a route over the whole "
+                "sequence cannot be read from its last tokens. Use cse_routing='discriminant'."
+            )
+        warn_that_routes_see_the_future(type(self).__name__)
 
 
 class CSEGPT2ForCausalLM(CSEGPT2PreTrainedModel, GPT2LMHeadModel, GenerationMixin):

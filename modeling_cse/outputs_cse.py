@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from inspect import Parameter, Signature, signature
 
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, MaskedLMOutput, ModelOutput
@@ -70,9 +71,19 @@ def carries_routing(forward: Callable, output_class: type[ModelOutput] | None = 
             outputs[key] = recorded[key]
         return outputs
 
+    wrapper.__signature__ = _with_labels(signature(forward))
     if output_class is not None:
         wrapper.__annotations__ = {**forward.__annotations__, "return": output_class}
     return wrapper
+
+
+def _with_labels(stock: Signature) -> Signature:
+    """`cluster_labels` reaches the base model among the keyword arguments; `Trainer` keeps a column of the data set
+    only if the signature names it."""
+    parameters = list(stock.parameters.values())
+    place = next(i for i, p in enumerate(parameters) if p.kind is Parameter.VAR_KEYWORD)
+    parameters.insert(place, Parameter("cluster_labels", Parameter.KEYWORD_ONLY, default=None))
+    return stock.replace(parameters=parameters)
 
 
 __all__ = ["CSECausalLMOutput", "CSEMaskedLMOutput", "CSEPreTrainingOutput", "ROUTING_KEYS", "carries_routing"]

@@ -3,7 +3,7 @@
 
 import torch
 
-from .experts_cse import CSEExperts
+from .experts_cse import FusedExperts
 from .routing_cse import ClusterRouter
 
 
@@ -27,7 +27,7 @@ class CSEPreTrainedMixin:
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, CSEExperts):
+        if isinstance(module, FusedExperts):
             module.init_weights()
         elif isinstance(module, ClusterRouter):
             module.reset_buffers()
@@ -44,7 +44,8 @@ class CSEPreTrainedMixin:
         )
         missing = set(info["missing_keys"])
         routers = sorted(key for key in missing if ".router." in key)
-        lost = [key for key in routers if f"{key.split('.router.')[0]}.experts.up_proj" not in missing]
+        without_experts = {key.split(".experts.")[0] for key in missing if ".experts." in key}
+        lost = [key for key in routers if key.split(".router.")[0] not in without_experts]
         if lost:
             raise ValueError(
                 f"The checkpoint {pretrained_model_name_or_path!r} has experts but lacks the routing state "

@@ -1,6 +1,6 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """
-The router: fp32 buffers that say where the clusters lie and which expert each one owns, and the two ways to read them.
+The router: fp32 buffers that say where the clusters lie and which expert each one owns, and the ways to read them.
 
 Shapes, here and in the experts: B batch, T tokens of a row, d hidden size, C clusters a router can hold, E expert
 slots, S sequences (a row, or each document of a packed row).
@@ -67,6 +67,37 @@ def sequence_means(states: torch.Tensor, scope: SequenceScope) -> tuple[torch.Te
         counts = weights.new_zeros(batch * length).index_add(0, index.flatten(), weights.flatten())
         sums = weighted.new_zeros(batch * length, width).index_add(0, index.flatten(), weighted.flatten(0, 1))
     return sums / counts.clamp_min(1.0).unsqueeze(-1), counts, index
+
+
+class RoutingContext(NamedTuple):
+    """What a forward pass tells its routers besides the states. It is an argument of every block with experts."""
+
+    scope: SequenceScope = SequenceScope()
+    cluster_labels: torch.Tensor | None = None  # (B,) or (B, T) int64, -1 for none: clusters that come with the batch
+    # Routes by router, while activations are checkpointed: a block that is computed again in the backward pass takes
+    # the same way, whatever its rounding (transformers issue 47467: a route that flips there is a silent NaN).
+    routes: dict | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, attention_mask, position_ids, cluster_labels) -> "RoutingContext":
+        """
+        The context of a forward pass of a base model.
+
+        Raises:
+            ValueError: labels that do not fit, or see `SequenceScope.of`.
+        """
+        sequence = model.config.cse_routing == "sequence"
+        scope = SequenceScope.of(attention_mask, position_ids) if sequence else SequenceScope()
+        if cluster_labels is not None and cluster_labels.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"cluster_labels of dtype {cluster_labels.dtype} is not allowed: it must be int64 or 32.")
+        recomputed = model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return cls(scope, cluster_labels, {} if recomputed and model.is_activation_checkpointing else None)
+
+    def as_argument(self) -> dict[str, "RoutingContext"]:
+        """The keyword argument of the blocks, if there is anything to say: stock blocks get it too, and pass it on to
+        attention functions that know nothing of it."""
+        said = any(part is not None for part in (*self.scope, self.cluster_labels, self.routes))
+        return {"routing_context": self} if said else {}
 
 
 class ClusterRouter(nn.Module):
@@ -151,27 +182,59 @@ class ClusterRouter(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, hidden_states: torch.Tensor, scope: SequenceScope = SequenceScope()
+        self, hidden_states: torch.Tensor, context: RoutingContext = RoutingContext()
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states: (B, T, d) states that enter the module, any float dtype.
-            scope: padding and documents; read by `"sequence"` alone.
+            context: of the forward pass: padding and documents (`"sequence"`), labels (`"given"`).
 
         Returns:
             Router logits (B * T, C) fp32 as mixture-of-experts models report them (unused clusters at the lowest
             float), cluster ids (B, T) int64 (-1 while there are no clusters), expert ids (B, T) int64 (-1: none).
+
+        Raises:
+            ValueError: `"given"` routes without fitting labels.
         """
+        if context.routes is None:
+            return self._route(hidden_states, context)
+        if self not in context.routes:
+            context.routes[self] = self._route(hidden_states, context)
+        return context.routes[self]
+
+    def _route(self, hidden_states, context):
+        lowest = torch.finfo(torch.float32).min
         with maybe_autocast(hidden_states.device.type, enabled=False):
             if self.routing == "discriminant":
                 logits = F.linear(hidden_states.float(), self.discriminant_weight, self.discriminant_bias)
-            else:
-                means, _, index = sequence_means(hidden_states, scope)
+            elif self.routing == "sequence":
+                means, _, index = sequence_means(hidden_states, context.scope)
                 logits = self.nearness(means)[index]
-        logits = logits.masked_fill(self.cluster_sizes == 0, torch.finfo(torch.float32).min)
+            else:
+                labels = self._labels(context.cluster_labels, hidden_states)
+                logits = (labels.unsqueeze(-1) != torch.arange(self.max_clusters, device=labels.device)) * lowest
+        logits = logits.masked_fill(self.cluster_sizes == 0, lowest)
         nearest = logits.argmax(-1)
-        cluster_ids = nearest.masked_fill(self.cluster_sizes[nearest] == 0, -1)
-        return logits.flatten(0, 1), cluster_ids, self.cluster_expert[nearest]
+        known = self.cluster_sizes[nearest] > 0
+        if self.routing == "given":
+            known = known & (nearest == labels)
+        expert_ids = torch.where(known, self.cluster_expert[nearest], -1)
+        return logits.flatten(0, 1), torch.where(known, nearest, -1), expert_ids
+
+    def _labels(self, labels: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Labels of all tokens, (B, T) int64."""
+        batch, length = hidden_states.shape[:2]
+        if labels is None:
+            raise ValueError(
+                "cluster_labels=None is not allowed with cse_routing='given': pass the cluster of each sequence (B,) "
+                "or token (B, T), -1 for none."
+            )
+        if labels.shape not in ((batch,), (batch, length)):
+            raise ValueError(
+                f"cluster_labels of shape {tuple(labels.shape)} is not allowed: it must be ({batch},) or "
+                f"({batch}, {length}), as the states are."
+            )
+        return labels.long().to(hidden_states.device).view(batch, -1).expand(batch, length)
 
     def nearness(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Minus the distance of sequence embeddings (S, d) fp32 to each centroid, over its radius if
@@ -191,4 +254,4 @@ def warn_that_routes_see_the_future(model_name: str) -> None:
     )
 
 
-__all__ = ["ClusterRouter", "SequenceScope", "sequence_means", "warn_that_routes_see_the_future"]
+__all__ = ["ClusterRouter", "RoutingContext", "SequenceScope", "sequence_means", "warn_that_routes_see_the_future"]

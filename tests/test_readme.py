@@ -19,7 +19,7 @@ def test_the_example_runs_as_pasted(tmp_path, monkeypatch):
     ids = torch.randint(0, 2048, (128, 32), generator=torch.Generator().manual_seed(0))
     names = {"train_dataset": [{"input_ids": row, "labels": row} for row in ids]}
     exec(block, names)
-    assert all(ffn.router.num_clusters == 6 for ffn in names["model"].base_model.routed_ffns().values())
+    assert all(ffn.router.num_clusters == 6 for ffn in names["model"].base_model.routed_modules().values())
 
 
 def test_it_stays_short_and_its_links_lead_somewhere():

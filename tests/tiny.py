@@ -7,6 +7,7 @@ from transformers.models.gpt2 import modeling_gpt2
 
 import modeling_cse
 from modeling_cse import CSEBertConfig, CSEGPT2Config
+from modeling_cse.dispatch_cse import Site
 
 
 VOCAB = 99
@@ -69,8 +70,12 @@ def dense_model(family: str, head: str | None = None, seed: int = 0, **fields):
     return stock(stock.config_class(**{**SIZES[family], **fields})).eval()
 
 
-def routed_ffns(model) -> dict:
-    return model.base_model.routed_ffns()
+def routed_modules(model) -> dict:
+    return model.base_model.routed_modules()
+
+
+def routed_module(model, layer: int, module: str = "ffn"):
+    return routed_modules(model)[Site(layer, module)]
 
 
 def router_state(config, seed: int, owners: list[int] | None = None) -> dict[str, torch.Tensor]:
@@ -94,8 +99,9 @@ def activate(model, seed: int = 0, owners: list[int] | None = None, noise: float
     """Writes clusters into all routers, some common and some with an expert, fills the experts from the base, and
     then moves them away from it, so that a wrong route shows."""
     generator = torch.Generator().manual_seed(seed)
-    for layer, ffn in routed_ffns(model).items():
-        ffn.router.write(**router_state(model.config, seed + layer, owners))
+    for site, ffn in routed_modules(model).items():
+        place = site.layer + (100 if site.module == "attention" else 0)
+        ffn.router.write(**router_state(model.config, seed + place, owners))
         for slot in range(ffn.experts.num_experts):
             ffn.fill_expert(slot, generator)
         for parameter in ffn.experts.parameters():
@@ -143,6 +149,6 @@ def first_tensor(outputs) -> torch.Tensor:
 
 def expert_ids(model, cluster_ids: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The expert of every token, (layers, B, T), -1 for the base."""
-    routers = [ffn.router for ffn in routed_ffns(model).values()]
+    routers = [ffn.router for ffn in routed_modules(model).values()]
     pairs = zip(routers, cluster_ids, strict=True)
     return torch.stack([torch.where(ids >= 0, router.cluster_expert[ids], -1) for router, ids in pairs])

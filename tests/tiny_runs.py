@@ -69,7 +69,7 @@ def history(trainer: Trainer) -> list[dict]:
 
 def fit_steps(trainer: Trainer) -> list[int]:
     """The steps at whose end clusters were fitted."""
-    return [entry["step"] for entry in trainer.state.log_history if "cse/layer_1/clusters" in entry]
+    return [entry["step"] for entry in trainer.state.log_history if "cse/layer_1/ffn/clusters" in entry]
 
 
 class Watcher(TrainerCallback):

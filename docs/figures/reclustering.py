@@ -49,7 +49,7 @@ class Watcher(ClusterExpertsCallback):
 def look(model: CSEGPT2ForCausalLM, blocks: Dataset, domains: list[str], step: int) -> ClusterView:
     """What the last CSE layer makes of blocks (N rows of `input_ids`), and how its clusters divide them."""
     collector = FeatureCollector(model, len(blocks), training_only=False)
-    layer = list(collector.stores)[-1]
+    site = list(collector.stores)[-1]
     collector.attach()
     collector.enabled = True
     model.eval()
@@ -57,8 +57,8 @@ def look(model: CSEGPT2ForCausalLM, blocks: Dataset, domains: list[str], step: i
         collector.base(input_ids=batch["input_ids"])
     collector.detach()
     model.train()
-    embeddings = collector.take()[layer].embeddings
-    router = collector.base.routed_ffns()[layer].router
+    embeddings = collector.take()[site].embeddings
+    router = collector.base.routed_modules()[site].router
     count = router.num_clusters
     centroids, experts = router.centroids[:count], router.cluster_expert[:count]
     labels = torch.cdist(embeddings, centroids).argmin(-1)

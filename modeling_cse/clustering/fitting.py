@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..experts_cse import RoutedFFN
+from ..dispatch_cse import RoutedModule, Site
 from ..routing_cse import ClusterRouter
 from .algorithms import ALGORITHMS, Clustering, find_clusters
 from .discriminant import Discriminant, agreement
@@ -149,13 +149,14 @@ def sequence_experts(router: ClusterRouter, features: RoutingFeatures, state: di
     return probe.cluster_expert[scores.argmax(-1)]
 
 
-def write_fit(ffn: RoutedFFN, fit: LayerFit, settings: ClusterSettings, fit_number: int, layer: int) -> None:
+def write_fit(module: RoutedModule, fit: LayerFit, settings: ClusterSettings, fit_number: int, site: Site) -> None:
     """Starts the experts that changed hands, then writes the router's buffers. The weights of fresh experts depend on
-    seed, fit and layer alone, so that every rank and every resumed run draws the same."""
-    generator = torch.Generator().manual_seed(hash_seed(settings.seed, fit_number, layer))
+    seed, fit and site alone, so that every rank and every resumed run draws the same."""
+    place = (site.layer,) if site.module == "ffn" else (site.layer, 1)
+    generator = torch.Generator().manual_seed(hash_seed(settings.seed, fit_number, *place))
     for slot in fit.ownership.filled:
-        ffn.fill_expert(slot, generator)
-    ffn.router.write(**fit.router_state())
+        module.fill_expert(slot, generator)
+    module.router.write(**fit.router_state())
 
 
 def hash_seed(*parts: int) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 @torch.no_grad()
 def expert_shares(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[float]:
     """
-    The share of the tokens that each expert of the last CSE layer answers, padding left out. What is missing to 1
+    The share of the tokens that each expert of the last routed module answers, padding left out. What is missing to 1
     stays with the base.
 
     Args:
@@ -25,14 +25,14 @@ def expert_shares(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> lis
         ValueError: there is no batch, or no token in them.
     """
     base = model.base_model
-    ffn = list(base.routed_ffns().values())[-1]
-    counts = torch.zeros(ffn.experts.num_experts + 1, dtype=torch.float64)
+    module = list(base.routed_modules().values())[-1]
+    counts = torch.zeros(module.experts.num_experts + 1, dtype=torch.float64)
     was_training = model.training
     model.eval()
     for batch in batches:
         inputs = {name: value.to(base.device) for name, value in batch.items() if name != "labels"}
         clusters = base(**inputs, output_cluster_ids=True).cluster_ids[-1]
-        experts = torch.where(clusters >= 0, ffn.router.cluster_expert[clusters], -1)
+        experts = torch.where(clusters >= 0, module.router.cluster_expert[clusters], -1)
         mask = inputs.get("attention_mask")
         experts = experts if mask is None else experts[mask.bool()]
         counts += torch.bincount(experts.flatten().cpu() + 1, minlength=len(counts)).double()

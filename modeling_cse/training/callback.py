@@ -44,7 +44,7 @@ class ClusterExpertsCallback(TrainerCallback):
         ema_decay (`float`): weight of the past for one sequence (`update="ema"`).
 
     Metrics go to `state.log_history`, and with `callback.attach(trainer)` through `Trainer.log` to every integration:
-    `cse/layer_<i>/{clusters, experts, share_routed, churn, clarity, agreement, unserved}` and `cse/seconds`.
+    `cse/layer_<i>/<module>/{clusters, experts, share_routed, churn, clarity, agreement, unserved}` and `cse/seconds`.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self.detach()
         self.collector = FeatureCollector(model, local_capacity(self.sample_size))
         self.memory = ClusterMemory()
-        routers = [ffn.router for ffn in self.collector.base.routed_ffns().values()]
+        routers = [module.router for module in self.collector.base.routed_modules().values()]
         self._check_sizes(routers)
         if state.global_step > 0:
             self._resume(args, state, clustered=any(router.num_clusters for router in routers))
@@ -135,10 +135,10 @@ class ClusterExpertsCallback(TrainerCallback):
             self._move()
         elif self._next_fit(state.global_step - 1, state.max_steps) == state.global_step:
             features = gather_features(self.collector.take())
-            features = {layer: part and part.detrended() for layer, part in features.items()}
+            features = {site: part and part.detrended() for site, part in features.items()}
             metrics, filled = fit_layers(model, features, self.settings, self.memory)
-            for layer, slots in filled.items():
-                clear_moments(optimizer, self.collector.base.routed_ffns()[layer].experts, slots)
+            for site, slots in filled.items():
+                clear_moments(optimizer, self.collector.base.routed_modules()[site].experts, slots)
             self._log(state, control, metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -177,11 +177,11 @@ class ClusterExpertsCallback(TrainerCallback):
 
     def _move(self) -> None:
         features = gather_features(self.collector.take())
-        for layer, ffn in self.collector.base.routed_ffns().items():
-            if features[layer] is not None:
-                discriminant = self.memory.discriminants[layer]
-                embeddings = features[layer].embeddings
-                self.memory.discriminants[layer] = move_clusters(ffn.router, discriminant, embeddings, self.ema_decay)
+        for site, module in self.collector.base.routed_modules().items():
+            if features[site] is not None:
+                self.memory.discriminants[site] = move_clusters(
+                    module.router, self.memory.discriminants[site], features[site].embeddings, self.ema_decay
+                )
 
     def _log(self, state: TrainerState, control: TrainerControl, metrics: dict[str, float]) -> None:
         if self.trainer is None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..clustering import FeatureStore, RoutingFeatures, sample_features
+from ..dispatch_cse import Site
 from ..routing_cse import SequenceScope
 
 
@@ -16,42 +17,42 @@ def routed_base_model(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not of this family, or has no layer with experts.
     """
-    base = next((module for module in model.modules() if hasattr(module, "routed_ffns")), None)
+    base = next((module for module in model.modules() if hasattr(module, "routed_modules")), None)
     if base is None:
         raise ValueError(f"model={type(model).__name__} is not allowed: it must be a CSE GPT-2 or CSE BERT.")
-    if not base.routed_ffns():
+    if not base.routed_modules():
         raise ValueError(f"{type(base).__name__} has no layer with experts: set cse_layers in its config.")
     return base
 
 
 class FeatureCollector:
     """
-    Forward hooks on the routers of a model, filling one bounded store a layer.
+    Forward hooks on the routers of a model, filling one bounded store a site.
 
     Args:
         model: a CSE model or head.
-        capacity: sequences kept a layer.
+        capacity: sequences kept a site.
         tokens_per_sequence: tokens sampled of each, for the discriminant.
         training_only: record nothing while the model is in evaluation mode.
     """
 
     def __init__(self, model: nn.Module, capacity: int, tokens_per_sequence: int = 8, training_only: bool = True):
         self.base = routed_base_model(model)
-        self.stores = {layer: FeatureStore(capacity) for layer in self.base.routed_ffns()}
+        self.stores = {site: FeatureStore(capacity) for site in self.base.routed_modules()}
         self.tokens_per_sequence = tokens_per_sequence
         self.training_only = training_only
         self.enabled = False
         self._signature = inspect.signature(self.base.forward)
-        self._waiting: set[int] = set()
+        self._waiting: set[Site] = set()
         self._scope = SequenceScope()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def attach(self) -> None:
         """Puts the hooks on; `detach` takes them off."""
         self._hooks.append(self.base.register_forward_pre_hook(self._begin, with_kwargs=True))
-        for layer, ffn in self.base.routed_ffns().items():
+        for site, module in self.base.routed_modules().items():
             self._hooks.append(
-                ffn.router.register_forward_hook(lambda module, args, out, layer=layer: self._record(layer, args[0]))
+                module.router.register_forward_hook(lambda router, args, out, site=site: self._record(site, args[0]))
             )
 
     def detach(self) -> None:
@@ -68,16 +69,16 @@ class FeatureCollector:
         self._scope = SequenceScope.of(arguments.get("attention_mask"), arguments.get("position_ids"))
         self._waiting = set(self.stores)
 
-    def _record(self, layer: int, states: torch.Tensor) -> None:
-        if layer not in self._waiting:
+    def _record(self, site: Site, states: torch.Tensor) -> None:
+        if site not in self._waiting:
             return
-        self._waiting.remove(layer)
-        store = self.stores[layer]
+        self._waiting.remove(site)
+        store = self.stores[site]
         store.add(sample_features(states.detach(), self._scope, self.tokens_per_sequence, store.seen))
 
-    def take(self) -> dict[int, RoutingFeatures | None]:
-        """What was collected, by layer; the stores are empty afterwards."""
-        taken = {layer: store.all() for layer, store in self.stores.items()}
+    def take(self) -> dict[Site, RoutingFeatures | None]:
+        """What was collected, by site; the stores are empty afterwards."""
+        taken = {site: store.all() for site, store in self.stores.items()}
         for store in self.stores.values():
             store.clear()
         return taken

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..clustering import ClusterSettings, RoutingFeatures, fit_layer, identities_of, write_fit
+from ..dispatch_cse import Site
 from .collecting import FeatureCollector, routed_base_model
 from .gathering import gather_features, local_capacity, on_first_rank
 from .memory import ClusterMemory
@@ -16,41 +17,41 @@ from .memory import ClusterMemory
 
 def fit_layers(
     model: nn.Module,
-    features: dict[int, RoutingFeatures | None],
+    features: dict[Site, RoutingFeatures | None],
     settings: ClusterSettings,
     memory: ClusterMemory,
-) -> tuple[dict[str, float], dict[int, list[int]]]:
+) -> tuple[dict[str, float], dict[Site, list[int]]]:
     """
-    Fits every layer on features that all ranks share, and writes nothing unless all of them succeed.
+    Fits every site on features that all ranks share, and writes nothing unless all of them succeed.
 
     Returns:
-        Metrics by name, and the expert slots that changed hands, by layer.
+        Metrics by name, and the expert slots that changed hands, by site.
 
     Raises:
         ValueError: no sequence was sampled, or see `fit_layer`.
     """
     start = time.perf_counter()
-    ffns = routed_base_model(model).routed_ffns()
+    modules = routed_base_model(model).routed_modules()
 
     def compute():
         fits = {}
-        for layer, ffn in ffns.items():
-            if features[layer] is None:
-                raise ValueError(f"no sequence reached the router of layer {layer}: there is nothing to cluster.")
-            identities = memory.identities.get(layer) or identities_of(ffn.router)
-            fits[layer] = fit_layer(ffn.router, features[layer], settings, identities, ffn.experts.num_experts)
+        for site, module in modules.items():
+            if features[site] is None:
+                raise ValueError(f"no sequence reached the router of {site}: there is nothing to cluster.")
+            identities = memory.identities.get(site) or identities_of(module.router)
+            fits[site] = fit_layer(module.router, features[site], settings, identities, module.experts.num_experts)
         return fits
 
     fits = on_first_rank(compute)
     metrics = {}
-    for layer, fit in fits.items():
-        write_fit(ffns[layer], fit, settings, memory.fits, layer)
-        memory.identities[layer] = fit.ownership.identities
-        memory.discriminants[layer] = fit.discriminant
-        metrics.update({f"cse/layer_{layer}/{name}": value for name, value in fit.metrics.items()})
+    for site, fit in fits.items():
+        write_fit(modules[site], fit, settings, memory.fits, site)
+        memory.identities[site] = fit.ownership.identities
+        memory.discriminants[site] = fit.discriminant
+        metrics.update({f"cse/{site}/{name}": value for name, value in fit.metrics.items()})
     memory.fits += 1
     metrics["cse/seconds"] = time.perf_counter() - start
-    return metrics, {layer: fit.ownership.filled for layer, fit in fits.items()}
+    return metrics, {site: fit.ownership.filled for site, fit in fits.items()}
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..clustering import RoutingFeatures
+from ..dispatch_cse import Site
 
 
 T = TypeVar("T")
@@ -18,17 +19,17 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def gather_features(features: dict[int, RoutingFeatures | None]) -> dict[int, RoutingFeatures | None]:
+def gather_features(features: dict[Site, RoutingFeatures | None]) -> dict[Site, RoutingFeatures | None]:
     """Joins the features of all ranks, in the order in which they were taken. A rank may have none."""
     if not is_distributed():
         return features
     everyone = gather_object([features])
     joined = {}
-    for layer in features:
-        parts = [own[layer] for own in everyone if own[layer] is not None]
+    for site in features:
+        parts = [own[site] for own in everyone if own[site] is not None]
         # Ranks collect side by side: what each took at the same share of its sample stands together.
         time = torch.cat([torch.linspace(0, 1, len(part)) for part in parts]) if parts else None
-        joined[layer] = RoutingFeatures.concatenate(parts)[time.argsort(stable=True)] if parts else None
+        joined[site] = RoutingFeatures.concatenate(parts)[time.argsort(stable=True)] if parts else None
     return joined
 
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..clustering import Discriminant, FeatureStore, Identities, RoutingFeatures
+from ..dispatch_cse import Site
 
 
 def file_name(rank: int) -> str:
@@ -23,21 +24,21 @@ class ClusterMemory:
     """
     Fields:
         fits: fits so far.
-        identities: by layer, which clusters own which expert.
-        discriminants: by layer; kept where centroids move between fits.
+        identities: by site, which clusters own which expert.
+        discriminants: by site; kept where centroids move between fits.
     """
 
     fits: int = 0
-    identities: dict[int, Identities] = field(default_factory=dict)
-    discriminants: dict[int, Discriminant] = field(default_factory=dict)
+    identities: dict[Site, Identities] = field(default_factory=dict)
+    discriminants: dict[Site, Discriminant] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything but the number of fits, as named tensors."""
         named = {}
         for kind, members in (("identities", self.identities), ("discriminants", self.discriminants)):
-            for layer, member in members.items():
+            for site, member in members.items():
                 for name, array in vars(member).items():
-                    named[f"{kind}.{layer}.{name}"] = torch.from_numpy(array).contiguous()
+                    named[f"{kind}.{site}.{name}"] = torch.from_numpy(array).contiguous()
         return named
 
     def load(self, named: dict[str, torch.Tensor]) -> None:
@@ -46,21 +47,21 @@ class ClusterMemory:
             ("discriminants", Discriminant, self.discriminants),
         ):
             members.clear()
-            for layer in sorted({int(name.split(".")[1]) for name in named if name.startswith(kind)}):
-                prefix = f"{kind}.{layer}."
+            for site in sorted({Site.parse(name.split(".")[1]) for name in named if name.startswith(kind)}):
+                prefix = f"{kind}.{site}."
                 fields = {n.removeprefix(prefix): t.numpy() for n, t in named.items() if n.startswith(prefix)}
-                members[layer] = member_class(**fields)
+                members[site] = member_class(**fields)
 
 
-def save_state(folder: Path, rank: int, step: int, memory: ClusterMemory, stores: dict[int, FeatureStore]) -> None:
+def save_state(folder: Path, rank: int, step: int, memory: ClusterMemory, stores: dict[Site, FeatureStore]) -> None:
     """Writes memory and collected features into a checkpoint folder, whole or not at all."""
     named = memory.tensors()
     seen = {}
-    for layer, store in stores.items():
-        seen[str(layer)] = store.seen
+    for site, store in stores.items():
+        seen[str(site)] = store.seen
         features = store.all()
         if features is not None:
-            named.update({f"features.{layer}.{name}": tensor for name, tensor in vars(features).items()})
+            named.update({f"features.{site}.{name}": tensor for name, tensor in vars(features).items()})
     metadata = {"step": str(step), "fits": str(memory.fits), "seen": json.dumps(seen)}
     target = folder / file_name(rank)
     partial = target.with_suffix(".partial")
@@ -68,7 +69,7 @@ def save_state(folder: Path, rank: int, step: int, memory: ClusterMemory, stores
     os.replace(partial, target)
 
 
-def load_state(folder: Path, rank: int, step: int, memory: ClusterMemory, stores: dict[int, FeatureStore]) -> None:
+def load_state(folder: Path, rank: int, step: int, memory: ClusterMemory, stores: dict[Site, FeatureStore]) -> None:
     """
     Reads what `save_state` wrote.
 
@@ -81,18 +82,18 @@ def load_state(folder: Path, rank: int, step: int, memory: ClusterMemory, stores
             metadata, named = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:  # safetensors has no error class of its own for a broken file
         raise ValueError(f"{path} cannot be read, so the run cannot go on exactly from there: {error}") from error
-    layers = set(json.loads((metadata or {}).get("seen", "{}")))
-    if layers != {str(layer) for layer in stores}:
-        raise ValueError(f"{path} is not the clustering state of this model: its layers are {sorted(layers)}.")
+    sites = set(json.loads((metadata or {}).get("seen", "{}")))
+    if sites != {str(site) for site in stores}:
+        raise ValueError(f"{path} is not the clustering state of this model: its experts are at {sorted(sites)}.")
     if int(metadata["step"]) != step:
         raise ValueError(f"{path} was written at step {metadata['step']}, but the checkpoint is of step {step}.")
     memory.fits = int(metadata["fits"])
     memory.load(named)
     seen = json.loads(metadata["seen"])
-    for layer, store in stores.items():
+    for site, store in stores.items():
         store.clear()
-        store.seen = seen[str(layer)]
-        prefix = f"features.{layer}."
+        store.seen = seen[str(site)]
+        prefix = f"features.{site}."
         fields = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
         if fields:
             store.parts.append(RoutingFeatures(**fields))

@@ -3,11 +3,11 @@
 
 import torch
 
-from ..experts_cse import CSEExperts
+from ..experts_cse import FusedExperts
 
 
 @torch.no_grad()
-def clear_moments(optimizer: torch.optim.Optimizer, experts: CSEExperts, slots: list[int]) -> None:
+def clear_moments(optimizer: torch.optim.Optimizer, experts: FusedExperts, slots: list[int]) -> None:
     """Forgets what the optimizer remembers of expert slots that changed hands: the moments of another domain's expert
     would push the fresh weights about. State that is not one value per weight (step counts) stays."""
     for parameter in experts.parameters():

@@ -19,7 +19,7 @@ def log_history(gain: float = 0.0) -> list[dict]:
             entries.append({"step": step, "eval_law_loss": 3.0, "eval_law_perplexity": 40 - step / 5 - gain})
             entries.append({"step": step, "eval_old_law_loss": 3.0, "eval_old_law_perplexity": 60 - step / 5})
         if gain and step in (30, 60):
-            entries.append({"step": step, "cse/layer_5/clusters": 6, "cse/layer_5/share_routed": 0.1})
+            entries.append({"step": step, "cse/layer_5/ffn/clusters": 6, "cse/layer_5/ffn/share_routed": 0.1})
     return entries + [{"step": 100, "train_loss": 4.0, "train_runtime": 1.0}]
 
 

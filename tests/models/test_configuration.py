@@ -85,7 +85,7 @@ def test_override_is_checked_when_a_model_is_loaded(family, tmp_path):
         with pytest.raises(ValueError, match=r"cse_layers=\[7\].*from -3 to 2"):
             model_class(family, head).from_pretrained(tmp_path, cse_layers=[7])
         loaded = model_class(family, head).from_pretrained(tmp_path, cse_layers=[-3])
-        assert list(loaded.base_model.routed_ffns()) == [0]
+        assert list(loaded.base_model.routed_modules()) == [(0, "ffn")]
 
 
 def test_flags_survive_saving(family, routing, tmp_path):
@@ -119,7 +119,7 @@ def test_defaults_are_those_of_the_paper_and_the_family(family):
 def test_layers_count_from_either_end(family, layers, indices):
     config = tiny_config(family, cse_layers=layers)
     assert config.cse_layer_indices == indices
-    assert list(model_class(family, "Model")(config).routed_ffns()) == indices
+    assert list(model_class(family, "Model")(config).routed_modules()) == [(index, "ffn") for index in indices]
 
 
 def test_a_model_of_one_layer_has_experts_there(family):
@@ -142,7 +142,7 @@ def test_width_of_an_expert(family, flags, base, width):
     inner = {"gpt2": "n_inner", "bert": "intermediate_size"}[family]
     config = tiny_config(family, **{inner: base}, **flags)
     assert config.expert_size == width
-    experts = model_class(family, "Model")(config).routed_ffns()[2].experts
+    experts = model_class(family, "Model")(config).routed_modules()[2, "ffn"].experts
     assert experts.up_proj.shape == (config.cse_num_experts, width, 32)
     assert experts.down_proj.shape == (config.cse_num_experts, 32, width)
 
@@ -157,7 +157,7 @@ def test_hidden_size_must_suit_grouped_products_only_where_there_are_experts(fam
 def test_a_router_holds_at_least_its_slots(family):
     assert tiny_config(family, cse_num_experts=10).max_clusters == 20
     assert tiny_config(family, cse_max_clusters=5).max_clusters == 5
-    router = tiny_model(family, cse_max_clusters=5).base_model.routed_ffns()[2].router
+    router = tiny_model(family, cse_max_clusters=5).base_model.routed_modules()[2, "ffn"].router
     assert router.centroids.shape == (5, 32)
 
 

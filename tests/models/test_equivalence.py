@@ -11,7 +11,7 @@ from tiny import (
     first_tensor,
     labelled,
     model_class,
-    routed_ffns,
+    routed_modules,
     tiny_model,
     token_ids,
 )
@@ -104,7 +104,7 @@ def test_dense_checkpoint_loads(family, head, combine, tmp_path):
     assert not info["unexpected_keys"] and not info["mismatched_keys"]
     assert info["missing_keys"] and all(map(is_own, info["missing_keys"]))
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-    for ffn in routed_ffns(model).values():
+    for ffn in routed_modules(model).values():
         assert ffn.router.num_clusters == 0
         for name, empty in ffn.router.empty_state().items():
             assert torch.equal(getattr(ffn.router, name), empty), name
@@ -126,7 +126,7 @@ def test_switching_experts_on_changes_no_logit(family, head, combine, routing, i
     fit_experts(model, [batch], num_clusters=4, common_share=0.3)
     with torch.no_grad():
         wanted, got = dense(**batch).logits, model(**batch, output_cluster_ids=True)
-    for layer, (ffn, ids) in enumerate(zip(routed_ffns(model).values(), got.cluster_ids, strict=True)):
+    for layer, (ffn, ids) in enumerate(zip(routed_modules(model).values(), got.cluster_ids, strict=True)):
         assert (ffn.router.cluster_expert[ids] >= 0).any(), f"nothing is routed in CSE layer {layer}"
     if combine == "add":
         assert torch.equal(got.logits, wanted)

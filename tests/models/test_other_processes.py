@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import activate, routed_ffns, tiny_model, token_ids
+from tiny import activate, routed_module, tiny_model, token_ids
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ def saved(tmp_path_factory):
         with torch.no_grad():
             outputs = model(token_ids(), output_cluster_ids=True)
         wanted = {"ids": token_ids(), "logits": outputs.logits, "clusters": list(outputs.cluster_ids)}
-        wanted["centroids"] = routed_ffns(model)[2].router.centroids
+        wanted["centroids"] = routed_module(model, 2).router.centroids
         torch.save(wanted, folder / f"{family}.pt")
     return folder
 

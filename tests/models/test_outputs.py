@@ -13,7 +13,8 @@ from tiny import (
     dense_model,
     first_tensor,
     labelled,
-    routed_ffns,
+    routed_module,
+    routed_modules,
     tiny_model,
     token_ids,
 )
@@ -137,14 +138,14 @@ def test_grouped_products_are_the_default(family):
 def test_static_shapes_give_what_gathering_gives(family, combine, owners):
     """The path for compilation and export, and its gradients, whatever share of the tokens is routed."""
     model = activate(tiny_model(family, cse_combine=combine), owners=owners)
-    ffn = routed_ffns(model)[2]
+    ffn = routed_module(model, 2)
     expert_ids = torch.tensor(owners)[torch.randint(len(owners), (3, 10))]
     results = []
     for mix in (ffn._mix_gathered, ffn._mix_static):
         torch.manual_seed(0)
         states = torch.randn(3, 10, 32, requires_grad=True)
         model.zero_grad()
-        mixed = mix(states, expert_ids)
+        mixed = mix(states, expert_ids, ffn.base_ffn, ffn.experts.run)
         mixed.square().sum().backward()
         gradients = {
             name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
@@ -185,7 +186,7 @@ def test_autocast_runs_experts_in_bf16_and_routers_in_fp32(family, head, combine
     flags = {"cse_combine": combine, "experts_implementation": implementation}
     model = activate(tiny_model(family, head, **flags))
     batch, seen = labelled(family, head), set()
-    for ffn in routed_ffns(model).values():
+    for ffn in routed_modules(model).values():
         act = ffn.experts.act_fn
         monkeypatch.setattr(ffn.experts, "act_fn", _Spy(act, seen))
     exact = model(**batch, output_router_logits=True)
@@ -196,7 +197,7 @@ def test_autocast_runs_experts_in_bf16_and_routers_in_fp32(family, head, combine
     assert all(logits.dtype == torch.float32 for logits in outputs.router_logits)
     outputs.loss.backward()
     torch.testing.assert_close(outputs.loss, exact.loss, atol=0, rtol=0.05)
-    for ffn in routed_ffns(model).values():
+    for ffn in routed_modules(model).values():
         assert ffn.experts.up_proj.grad.dtype == torch.float32 and ffn.experts.up_proj.grad.abs().sum() > 0
 
 
@@ -234,12 +235,12 @@ def test_training_reaches_routed_experts_and_never_routers(family, head, combine
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before[name]) and not buffer.requires_grad, name
     pooled = head in ("ForSequenceClassification", "ForNextSentencePrediction", "ForMultipleChoice")
-    for ffn, ids in zip(routed_ffns(model).values(), outputs.cluster_ids, strict=True):
+    for ffn, ids in zip(routed_modules(model).values(), outputs.cluster_ids, strict=True):
         used = set(ffn.router.cluster_expert[ids].flatten().tolist()) - {-1}
         moved = {slot for slot, gradient in enumerate(ffn.experts.up_proj.grad) if gradient.abs().sum() > 0}
         # slot 1 has no owner; where one token stands for the sequence, others have no gradient in the last layer
         assert 1 not in moved and (moved <= used if pooled else moved == used)
-    assert routed_ffns(model)[1].experts.up_proj.grad.abs().sum() > 0
+    assert routed_module(model, 1).experts.up_proj.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -14,7 +14,8 @@ from tiny import (
     first_tensor,
     labelled,
     model_class,
-    routed_ffns,
+    routed_module,
+    routed_modules,
     tiny_model,
 )
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertTokenizer, GPT2Tokenizer
@@ -33,8 +34,8 @@ def assert_same_logits(got, wanted):
 
 
 def assert_same_routers(got, wanted):
-    for layer, ffn in routed_ffns(wanted).items():
-        ours = dict(routed_ffns(got)[layer].router.named_buffers())
+    for site, ffn in routed_modules(wanted).items():
+        ours = dict(routed_modules(got)[site].router.named_buffers())
         for name, buffer in ffn.router.named_buffers():
             assert ours[name].dtype == (torch.float32 if name in FLOATS else torch.int64), name
             assert torch.equal(ours[name], buffer), name
@@ -68,8 +69,8 @@ def test_experts_and_clusters_come_along_to_other_heads(family, head, tmp_path):
     for other in ("Model", "ForSequenceClassification"):
         loaded = model_class(family, other).from_pretrained(tmp_path)
         assert_same_routers(loaded, model)
-        for layer, ffn in routed_ffns(model).items():
-            assert torch.equal(routed_ffns(loaded)[layer].experts.up_proj, ffn.experts.up_proj)
+        for site, ffn in routed_modules(model).items():
+            assert torch.equal(routed_modules(loaded)[site].experts.up_proj, ffn.experts.up_proj)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -79,11 +80,11 @@ def test_half_precision_leaves_routers_exact(family, head, dtype, tmp_path):
     model.save_pretrained(tmp_path)
     for loader in (type(model), AutoModel):
         loaded = loader.from_pretrained(tmp_path, dtype=dtype)
-        assert routed_ffns(loaded)[2].experts.up_proj.dtype == dtype
+        assert routed_module(loaded, 2).experts.up_proj.dtype == dtype
         assert_same_routers(loaded, model)
     half = type(model).from_pretrained(tmp_path)
     half = half.to(dtype) if dtype is torch.bfloat16 else half.half()
-    assert routed_ffns(half)[2].experts.up_proj.dtype == dtype
+    assert routed_module(half, 2).experts.up_proj.dtype == dtype
     assert_same_routers(half, model)
     half.save_pretrained(tmp_path / "half")
     assert_same_routers(type(model).from_pretrained(tmp_path / "half"), model)
@@ -122,7 +123,7 @@ def test_more_expert_layers_can_be_added_to_a_saved_model(family, tmp_path):
     model = activate(tiny_model(family))
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, cse_layers=[0, 1, 2])
-    assert routed_ffns(loaded)[0].router.num_clusters == 0
+    assert routed_module(loaded, 0).router.num_clusters == 0
     batch = {"input_ids": labelled(family, "Model")["input_ids"]}
     with torch.no_grad():
         assert_same_logits(loaded(**batch), model(**batch))
@@ -153,5 +154,6 @@ def test_auto_tokenizer_finds_the_familys_tokenizer(family, tmp_path):
 def test_code_travels_with_every_checkpoint(family, tmp_path):
     """All six files lie flat beside the weights, and no other."""
     tiny_model(family).save_pretrained(tmp_path)
-    helpers = {"experts_cse.py", "outputs_cse.py", "pretrained_cse.py", "routing_cse.py", "configuration_cse.py"}
+    shared = ("configuration", "dispatch", "experts", "outputs", "pretrained", "routing")
+    helpers = {f"{name}_cse.py" for name in shared}
     assert {path.name for path in tmp_path.glob("*.py")} == helpers | {f"modeling_cse_{family}.py"}

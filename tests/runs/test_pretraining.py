@@ -106,7 +106,7 @@ def test_the_saved_model_loads_by_its_name_alone(gpt2_run):
     model = AutoModelForCausalLM.from_pretrained(folder / "cse")
     tokenizer = AutoTokenizer.from_pretrained(folder / "cse")
     assert type(model).__name__ == "CSEGPT2ForCausalLM" and len(tokenizer) == model.config.vocab_size
-    assert all(ffn.router.num_clusters == 3 for ffn in model.base_model.routed_ffns().values())
+    assert all(ffn.router.num_clusters == 3 for ffn in model.base_model.routed_modules().values())
 
 
 def test_a_finished_run_is_not_trained_again(gpt2_run):
@@ -149,7 +149,7 @@ def test_it_goes_on_from_a_dense_checkpoint(tmp_path, gpt2_run):
         ],
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "cse")
-    assert list(model.base_model.routed_ffns()) == [2] and set(report["perplexity"]) == {"cse"}
+    assert list(model.base_model.routed_modules()) == [(2, "ffn")] and set(report["perplexity"]) == {"cse"}
 
 
 @pytest.mark.parametrize(

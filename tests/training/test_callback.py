@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from tiny import activate, dense_model, routed_ffns, tiny_model
+from tiny import activate, dense_model, routed_module, routed_modules, tiny_model
 from tiny_runs import Watcher, fit_steps, history, make_trainer, rows, settings, train
 
 from modeling_cse import ClusterExpertsCallback, fit_experts
@@ -48,7 +48,7 @@ def test_wrong_argument_is_refused_by_name(name, value):
 
 
 def clusters_in_use(model) -> list[int]:
-    return [ffn.router.num_clusters for ffn in routed_ffns(model).values()]
+    return [ffn.router.num_clusters for ffn in routed_modules(model).values()]
 
 
 def buffers(model) -> dict[str, torch.Tensor]:
@@ -125,7 +125,7 @@ def test_every_sequence_is_recorded_once(tmp_path, checkpointing, batch, accumul
         max_steps=5,
         learning_rate=0.0,
     )
-    assert callback.counts == {1: 16, 2: 16}
+    assert callback.counts == {(1, "ffn"): 16, (2, "ffn"): 16}
     if (checkpointing, batch) != (False, 8):
         plain = Counting(**settings(sample_size=16, update="frozen"))
         train(tmp_path, plain, model=tiny_model("gpt2"), max_steps=5, learning_rate=0.0)
@@ -141,8 +141,8 @@ def test_attached_metrics_reach_reports_and_no_loss_is_lost(tmp_path):
         assert [entry["step"] for entry in logs if "cse/seconds" in entry] == [4, 6, 8]
     first, second, *_ = (entry for entry in trainer.state.log_history if "cse/seconds" in entry)
     names = {"clusters", "experts", "share_routed", "clarity", "agreement", "unserved"}
-    assert {f"cse/layer_{layer}/{name}" for layer in (1, 2) for name in names} | {"cse/seconds"} <= set(first)
-    assert "cse/layer_2/churn" not in first and "cse/layer_2/churn" in second
+    assert {f"cse/layer_{layer}/ffn/{name}" for layer in (1, 2) for name in names} | {"cse/seconds"} <= set(first)
+    assert "cse/layer_2/ffn/churn" not in first and "cse/layer_2/ffn/churn" in second
 
 
 def test_without_attaching_metrics_are_in_the_state_and_a_warning_says_so(tmp_path, caplog):
@@ -198,7 +198,7 @@ def test_optimizer_forgets_the_moments_of_experts_that_start_anew(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.arange(10, 74).view(4, 16), labels=torch.arange(10, 74).view(4, 16)).loss.backward()
     optimizer.step()
-    experts = routed_ffns(model)[2].experts
+    experts = routed_module(model, 2).experts
     state = optimizer.state[experts.up_proj]
     assert state["exp_avg"][2].abs().sum() > 0 and state["exp_avg"][3].abs().sum() > 0
     kept = state["exp_avg"][3].clone()

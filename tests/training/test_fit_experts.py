@@ -4,7 +4,7 @@
 import pytest
 import torch
 from sklearn.metrics import adjusted_mutual_info_score
-from tiny import dense_model, routed_ffns, tiny_model
+from tiny import dense_model, routed_module, routed_modules, tiny_model
 
 from modeling_cse import fit_experts
 
@@ -51,9 +51,9 @@ def test_planted_domains_are_found(family, routing):
     fresh, labels = domains(seed=1)
     for layer, clusters in zip((1, 2), clusters_of_rows(model, fresh), strict=True):
         assert adjusted_mutual_info_score(labels.numpy(), clusters.numpy()) > 0.9
-        assert metrics[f"cse/layer_{layer}/clusters"] == 3
-        assert metrics[f"cse/layer_{layer}/agreement"] > 0.8
-        assert 0 < metrics[f"cse/layer_{layer}/share_routed"] < 1
+        assert metrics[f"cse/layer_{layer}/ffn/clusters"] == 3
+        assert metrics[f"cse/layer_{layer}/ffn/agreement"] > 0.8
+        assert 0 < metrics[f"cse/layer_{layer}/ffn/share_routed"] < 1
 
 
 def test_no_logit_changes(family, routing, combine):
@@ -62,7 +62,7 @@ def test_no_logit_changes(family, routing, combine):
         before = model(**batches[0]).logits
         fit_experts(model, batches, num_clusters=3, common_share=0.3)
         after = model(**batches[0], output_cluster_ids=True)
-    assert all((ffn.router.cluster_expert >= 0).any() for ffn in routed_ffns(model).values())
+    assert all((ffn.router.cluster_expert >= 0).any() for ffn in routed_modules(model).values())
     if combine == "add":
         assert torch.equal(after.logits, before)
     else:
@@ -84,7 +84,7 @@ def test_dropout_plays_no_part():
     models = [tiny_model("gpt2", **flags).train(mode) for mode in (True, False)]
     for model in models:
         fit_experts(model, domains()[0], num_clusters=3)
-    first, second = (routed_ffns(model)[2].router for model in models)
+    first, second = (routed_module(model, 2).router for model in models)
     assert torch.equal(first.centroids, second.centroids)
 
 
@@ -118,7 +118,7 @@ def test_embeddings_serve_as_input():
         for b in batches
     ]
     fit_experts(model, embedded, num_clusters=3)
-    assert torch.equal(routed_ffns(model)[2].router.centroids, routed_ffns(twin)[2].router.centroids)
+    assert torch.equal(routed_module(model, 2).router.centroids, routed_module(twin, 2).router.centroids)
 
 
 @pytest.mark.parametrize("batches", [[], iter(())])
@@ -131,7 +131,7 @@ def test_fewer_sequences_than_clusters_are_refused_and_nothing_is_written():
     model = tiny_model("gpt2")
     with pytest.raises(ValueError, match="num_clusters=9 is more than the 8 sequences"):
         fit_experts(model, domains()[0][:1], num_clusters=9)
-    assert all(ffn.router.num_clusters == 0 for ffn in routed_ffns(model).values())
+    assert all(ffn.router.num_clusters == 0 for ffn in routed_modules(model).values())
 
 
 def test_features_that_are_not_finite_write_nothing():
@@ -141,7 +141,7 @@ def test_features_that_are_not_finite_write_nothing():
         model.transformer.h[2].ln_2.weight[0] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinite"):
         fit_experts(model, domains()[0], num_clusters=3)
-    assert all(ffn.router.num_clusters == 0 for ffn in routed_ffns(model).values()) and model.training
+    assert all(ffn.router.num_clusters == 0 for ffn in routed_modules(model).values()) and model.training
 
 
 @pytest.mark.parametrize(

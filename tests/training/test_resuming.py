@@ -96,13 +96,13 @@ def test_foreign_file_is_refused(tmp_path, metadata):
         run(tmp_path, "recluster", resume=str(place))
 
 
-def test_file_of_other_layers_is_refused(tmp_path):
+def test_file_of_experts_elsewhere_is_refused(tmp_path):
     """The model of the checkpoint had experts elsewhere."""
     place = checkpoint(tmp_path)
     with safe_open(place / NAME, framework="pt") as file:
         metadata = file.metadata()
-    tensors = {name.replace(".1.", ".0."): tensor for name, tensor in load_file(place / NAME).items()}
-    metadata["seen"] = metadata["seen"].replace('"1"', '"0"')
+    tensors = {name.replace("layer_1", "layer_0"): tensor for name, tensor in load_file(place / NAME).items()}
+    metadata["seen"] = metadata["seen"].replace("layer_1", "layer_0")
     save_file(tensors, place / NAME, metadata=metadata)
     with pytest.raises(ValueError, match=NAME):
         run(tmp_path, "recluster", resume=str(place))

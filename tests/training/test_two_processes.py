@@ -22,7 +22,7 @@ from modeling_cse.training.gathering import rank
 callback = ClusterExpertsCallback(**settings(update={update!r}, ema_decay=0.9))
 trainer = train({folder!r}, callback, per_device_train_batch_size=4, ddp_backend="gloo",
     save_strategy="steps", save_steps=7)
-logged = [entry for entry in trainer.state.log_history if "cse/layer_1/clusters" in entry]
+logged = [entry for entry in trainer.state.log_history if "cse/layer_1/ffn/clusters" in entry]
 own = trainer.accelerator.unwrap_model(trainer.model)
 torch.save((own.state_dict(), len(logged)), {folder!r} + f"/rank{{rank()}}.pt")
 """
