@@ -46,9 +46,10 @@ class CSEFlags:
     The flags both families share. They are validated together, so that a wrong one raises a plain `ValueError`.
 
     Args:
-        cse_layers (`list[int]`, *optional*):
+        cse_layers (`list[int]` or `"auto"`, *optional*):
             Layers that get cluster-guided experts; negative indices count from the end. `None` means the last two
-            layers (the paper's setting), an empty list means exactly the dense model.
+            layers (the paper's setting), an empty list means exactly the dense model. `"auto"`: every layer has room
+            for experts, and training chooses some (`ClusterExpertsCallback(layer_budget=...)`).
         cse_modules (`list[str]`, defaults to `["ffn"]`):
             Which modules of those layers get experts: `"ffn"` (MoF), `"attention"` (MoA), or both.
         cse_combine (`str`, defaults to `"replace"`):
@@ -133,8 +134,10 @@ class CSEFlags:
         depth, layers = self.num_hidden_layers, self.cse_layers
         if layers is None:
             layers = range(max(depth - 2, 0), depth)
+        elif layers == "auto":
+            layers = range(depth)
         if isinstance(layers, str) or not hasattr(layers, "__iter__") or not all(_is_int(i) for i in layers):
-            raise ValueError(f"cse_layers={layers!r} is not allowed: it must be None or a list of ints.")
+            raise ValueError(f"cse_layers={layers!r} is not allowed: it must be None, a list of ints, or 'auto'.")
         for index in layers:
             if not -depth <= index < depth:
                 raise ValueError(

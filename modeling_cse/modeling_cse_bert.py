@@ -26,10 +26,10 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_cse import CSEBertConfig
-from .dispatch_cse import RoutedAttention, RoutedFFN, RoutedModule, RoutedProjection, Site, unchanged
+from .dispatch_cse import RoutedAttention, RoutedFFN, RoutedModule, RoutedProjection, unchanged
 from .experts_cse import CSEExperts
 from .outputs_cse import CSEMaskedLMOutput, CSEPreTrainingOutput, carries_routing
-from .pretrained_cse import CSEPreTrainedMixin
+from .pretrained_cse import CSEBaseMixin, CSEPreTrainedMixin
 from .routing_cse import ClusterRouter, RoutingContext, warn_that_routes_see_the_future
 
 
@@ -141,7 +141,7 @@ class CSEBertPreTrainedModel(CSEPreTrainedMixin, BertPreTrainedModel):
     }
 
 
-class CSEBertModel(CSEBertPreTrainedModel, BertModel):
+class CSEBertModel(CSEBaseMixin, CSEBertPreTrainedModel, BertModel):
     _auto_class = "AutoModel"
     _no_split_modules = ["BertEmbeddings", "BertLayer", "CSEBertLayer"]
 
@@ -152,13 +152,12 @@ class CSEBertModel(CSEBertPreTrainedModel, BertModel):
         if config.cse_layer_indices:  # otherwise the stock model has drawn its weights already
             self.post_init()
 
-    def routed_modules(self) -> dict[Site, RoutedModule]:
-        """The modules with experts, in the order in which data meets them."""
-        return {
-            Site(index, name): module
-            for index in self.config.cse_layer_indices
-            for name, module in self.encoder.layer[index].routed_parts().items()
-        }
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.encoder.layer
+
+    def stock_block(self, index: int) -> nn.Module:
+        return BertLayer(self.config, layer_idx=index)
 
     def forward(
         self,

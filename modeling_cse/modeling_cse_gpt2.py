@@ -19,10 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_cse import CSEGPT2Config
-from .dispatch_cse import RoutedAttention, RoutedFFN, RoutedModule, RoutedProjection, Site, unchanged
+from .dispatch_cse import RoutedAttention, RoutedFFN, RoutedModule, RoutedProjection, unchanged
 from .experts_cse import CSEExperts
 from .outputs_cse import CSECausalLMOutput, carries_routing
-from .pretrained_cse import CSEPreTrainedMixin
+from .pretrained_cse import CSEBaseMixin, CSEPreTrainedMixin
 from .routing_cse import ClusterRouter, RoutingContext, warn_that_routes_see_the_future
 
 
@@ -114,7 +114,7 @@ class CSEGPT2PreTrainedModel(CSEPreTrainedMixin, GPT2PreTrainedModel):
     }
 
 
-class CSEGPT2Model(CSEGPT2PreTrainedModel, GPT2Model):
+class CSEGPT2Model(CSEBaseMixin, CSEGPT2PreTrainedModel, GPT2Model):
     _auto_class = "AutoModel"
 
     def __init__(self, config: CSEGPT2Config):
@@ -124,13 +124,12 @@ class CSEGPT2Model(CSEGPT2PreTrainedModel, GPT2Model):
         if config.cse_layer_indices:  # otherwise the stock model has drawn its weights already
             self.post_init()
 
-    def routed_modules(self) -> dict[Site, RoutedModule]:
-        """The modules with experts, in the order in which data meets them."""
-        return {
-            Site(index, name): module
-            for index in self.config.cse_layer_indices
-            for name, module in self.h[index].routed_parts().items()
-        }
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.h
+
+    def stock_block(self, index: int) -> nn.Module:
+        return GPT2Block(self.config, layer_idx=index)
 
     def forward(
         self,

@@ -3,6 +3,7 @@
 
 import torch
 
+from .dispatch_cse import RoutedModule, Site
 from .experts_cse import FusedExperts
 from .routing_cse import ClusterRouter
 
@@ -54,4 +55,34 @@ class CSEPreTrainedMixin:
         return (model, info) if output_loading_info else model
 
 
-__all__ = ["CSEPreTrainedMixin"]
+class CSEBaseMixin:
+    """What the base models of both families share. A family says where its blocks stand (`blocks`), and how a stock
+    one is made (`stock_block(index)`)."""
+
+    def routed_modules(self) -> dict[Site, RoutedModule]:
+        """The modules with experts, in the order in which data meets them."""
+        return {
+            Site(index, name): module
+            for index in self.config.cse_layer_indices
+            for name, module in self.blocks[index].routed_parts().items()
+        }
+
+    def drop_idle_layers(self) -> None:
+        """Turns layers of which no router holds clusters into stock layers with the same parameters, and says so in
+        the config. For `cse_layers="auto"`, once the layers are chosen."""
+        kept = sorted({site.layer for site, module in self.routed_modules().items() if module.router.num_clusters})
+        for index in sorted({*self.config.cse_layer_indices} - {*kept}):
+            old = self.blocks[index]
+            with torch.device("meta"):
+                new = self.stock_block(index)
+            missing, _ = new.load_state_dict(old.state_dict(keep_vars=True), strict=False, assign=True)
+            if missing:
+                raise RuntimeError(f"layer {index} cannot become a stock layer: it lacks {missing}.")
+            new.gradient_checkpointing = old.gradient_checkpointing
+            if hasattr(old, "_gradient_checkpointing_func"):
+                new._gradient_checkpointing_func = old._gradient_checkpointing_func
+            self.blocks[index] = new.train(old.training)
+        self.config.cse_layers = kept
+
+
+__all__ = ["CSEBaseMixin", "CSEPreTrainedMixin"]

@@ -1,12 +1,13 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Routing features -> clusters -> ownership -> discriminant -> router buffers. Knows the models, not the training."""
 
-from .algorithms import ALGORITHMS, Clustering, find_clusters
+from .algorithms import Clustering, find_clusters
 from .discriminant import Discriminant
 from .features import FeatureStore, RoutingFeatures, sample_features
-from .fitting import ClusterSettings, LayerFit, fit_layer, identities_of, write_fit
+from .fitting import LayerFit, fit_layer, identities_of, write_fit
 from .moving import move_clusters
 from .ownership import Identities, assign_experts, long_tail, match_clusters
+from .settings import ALGORITHMS, ClusterSettings
 
 
 __all__ = [

@@ -1,7 +1,8 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Routing features: what was sampled of the states that enter a module, and the bounded store that keeps them."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,20 +21,29 @@ class RoutingFeatures:
         embeddings (N, d) fp32: mean state of a sequence, padding left out.
         tokens (N, m, d) fp32: states of single tokens, spread over the sequence.
         positions (N, m) int64: where in its sequence each of them stood.
+        labels (N,) int64: the cluster that came with the batch, -1 where none did.
     """
 
     embeddings: torch.Tensor
     tokens: torch.Tensor
     positions: torch.Tensor
+    labels: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if self.labels is None:
+            self.labels = self.positions.new_full((len(self),), -1)
 
     def __len__(self) -> int:
         return len(self.embeddings)
 
     def __getitem__(self, rows) -> "RoutingFeatures":
-        return RoutingFeatures(self.embeddings[rows], self.tokens[rows], self.positions[rows])
+        return self._each(lambda tensor: tensor[rows])
 
     def cpu(self) -> "RoutingFeatures":
-        return RoutingFeatures(self.embeddings.cpu(), self.tokens.cpu(), self.positions.cpu())
+        return self._each(torch.Tensor.cpu)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RoutingFeatures":
+        return RoutingFeatures(**{name: change(tensor) for name, tensor in vars(self).items()})
 
     def detrended(self) -> "RoutingFeatures":
         """
@@ -50,20 +60,20 @@ class RoutingFeatures:
         basis, _ = torch.linalg.qr(torch.stack([time**power for power in range(DRIFT_DEGREE + 1)], dim=1))
         drift = basis @ (basis.T @ self.embeddings.double())
         shift = (drift[-1] - drift).float()
-        return RoutingFeatures(self.embeddings + shift, self.tokens + shift.unsqueeze(1), self.positions)
+        return replace(self, embeddings=self.embeddings + shift, tokens=self.tokens + shift.unsqueeze(1))
 
     @classmethod
     def concatenate(cls, parts: list["RoutingFeatures"]) -> "RoutingFeatures":
-        return cls(
-            torch.cat([part.embeddings for part in parts]),
-            torch.cat([part.tokens for part in parts]),
-            torch.cat([part.positions for part in parts]),
-        )
+        return cls(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
 @torch.no_grad()
 def sample_features(
-    states: torch.Tensor, scope: SequenceScope, tokens_per_sequence: int, offset: int
+    states: torch.Tensor,
+    scope: SequenceScope,
+    tokens_per_sequence: int,
+    offset: int,
+    labels: torch.Tensor | None = None,
 ) -> RoutingFeatures:
     """
     Features of one batch.
@@ -74,6 +84,7 @@ def sample_features(
         tokens_per_sequence: m. Each of m equal parts of a sequence gives one token.
         offset: sequences sampled before. It shifts the place within the part from sequence to sequence, evenly and
             without a random number, so that all positions are met.
+        labels: (B,) or (B, T) clusters that came with the batch; a sequence has that of its first token.
     """
     means, counts, index = sequence_means(states, scope)
     kept = (counts > 0).nonzero().squeeze(-1)
@@ -87,7 +98,11 @@ def sample_features(
     places = (parts + shift.unsqueeze(1)) / tokens_per_sequence
     positions = (places * counts[kept].unsqueeze(1)).long()
     tokens = states.flatten(0, 1)[order[starts.unsqueeze(1) + positions]]
-    return RoutingFeatures(means[kept], tokens.float(), positions)
+    if labels is None:
+        given = positions.new_full((len(kept),), -1)
+    else:
+        given = labels.view(len(states), -1).expand(index.shape).flatten()[order[starts]].long()
+    return RoutingFeatures(means[kept], tokens.float(), positions, given)
 
 
 class FeatureStore:
@@ -97,6 +112,7 @@ class FeatureStore:
         self.capacity = capacity
         self.parts: list[RoutingFeatures] = []
         self.seen = 0
+        self._taken = 0
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -116,5 +132,21 @@ class FeatureStore:
         """Everything kept, on the CPU, oldest first; None when empty."""
         return RoutingFeatures.concatenate([part.cpu() for part in self.parts]) if self.parts else None
 
+    def newest(self) -> RoutingFeatures | None:
+        """What was added since the last call, as far as it is still kept, on the CPU; None if nothing was."""
+        fresh, self._taken = min(self.seen - self._taken, len(self)), self.seen
+        parts: list[RoutingFeatures] = []
+        while fresh > 0:
+            part = self.parts[-1 - len(parts)]
+            parts.append(part[-fresh:].cpu())
+            fresh -= len(part)
+        return RoutingFeatures.concatenate(parts[::-1]) if parts else None
+
     def clear(self) -> None:
         self.parts = []
+        self._taken = self.seen
+
+    def restore(self, features: RoutingFeatures | None, seen: int) -> None:
+        """Takes up what a checkpoint holds."""
+        self.parts = [] if features is None else [features]
+        self.seen = self._taken = seen

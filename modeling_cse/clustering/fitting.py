@@ -8,44 +8,17 @@ import torch
 
 from ..dispatch_cse import RoutedModule, Site
 from ..routing_cse import ClusterRouter
-from .algorithms import ALGORITHMS, Clustering, find_clusters
+from .algorithms import Clustering, find_clusters, given_clusters
 from .discriminant import Discriminant, agreement
 from .features import RoutingFeatures
 from .ownership import Identities, Ownership, assign_experts
+from .settings import GIVEN, ClusterSettings
 
 
 # Every fifth sequence is kept out of the discriminant's fit, to measure it on.
 HELD_OUT = 5
-
-
-@dataclass
-class ClusterSettings:
-    """
-    How clusters are found and kept, checked when made.
-
-    Fields:
-        algorithm: one of `clustering.algorithms.ALGORITHMS`.
-        num_clusters: how many to look for, at least 1.
-        common_share: the largest clusters are common until together they hold this share, 0 to 1.
-        patience: fits in a row an owner may be absent or common before it loses its expert, at least 1.
-        seed: of clustering and of fresh expert weights.
-    """
-
-    algorithm: str = "kmeans"
-    num_clusters: int = 6
-    common_share: float = 0.7
-    patience: int = 3
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm={self.algorithm!r} is not allowed: it must be one of {list(ALGORITHMS)}.")
-        for name, least in (("num_clusters", 1), ("patience", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r} is not allowed: it must be an int >= {least}.")
-        if not isinstance(self.common_share, int | float) or not 0 <= self.common_share <= 1:
-            raise ValueError(f"common_share={self.common_share!r} is not allowed: it must be from 0 to 1.")
+# Agreement is told apart by how much context a token has (METHOD section 2 has the same bounds).
+POSITIONS = ((0, 8), (8, 32), (32, 128), (128, None))
 
 
 @dataclass
@@ -88,15 +61,9 @@ def fit_layer(
     Finds clusters, matches them to the old ones, gives out experts and fits the discriminant. Writes nothing.
 
     Raises:
-        ValueError: more clusters than the router can hold, or see `find_clusters`.
+        ValueError: see `find_clusters`.
     """
-    if settings.num_clusters > router.max_clusters:
-        raise ValueError(
-            f"num_clusters={settings.num_clusters} is more than cse_max_clusters={router.max_clusters}, which this "
-            "model's routers can hold."
-        )
-    embeddings = features.embeddings.numpy()
-    clustering = find_clusters(embeddings, settings.algorithm, settings.num_clusters, settings.seed)
+    clustering = _clusters(features, settings, router.max_clusters)
     ownership = assign_experts(
         identities,
         clustering.centroids,
@@ -106,11 +73,14 @@ def fit_layer(
         num_experts=num_experts,
         patience=settings.patience,
     )
+    labels = clustering.labels
     held = np.arange(len(features)) % HELD_OUT == HELD_OUT - 1
     # a cluster of which every member is held out would have no token to be fitted on
-    held &= np.isin(clustering.labels, clustering.labels[~held])
-    tokens, labels = features.tokens.numpy(), clustering.labels
-    discriminant = Discriminant.fit(*_flat(tokens[~held], labels[~held]), clustering.shares)
+    held &= np.isin(labels, labels[~held])
+    # sequences of no cluster (labels that are given) teach nothing
+    fitted, held = ~held & (labels >= 0), held & (labels >= 0)
+    tokens = features.tokens.numpy()
+    discriminant = Discriminant.fit(*_flat(tokens[fitted], labels[fitted]), clustering.shares)
     fit = LayerFit(clustering, discriminant, ownership)
     fit.metrics = {
         "clusters": len(clustering),
@@ -118,10 +88,44 @@ def fit_layer(
         "clarity": clustering.clarity,
         "unserved": ownership.unserved,
     }
+    if settings.density:
+        fit.metrics["noise"] = clustering.noise
+    if clustering.silhouette is not None:
+        fit.metrics["silhouette"] = clustering.silhouette
     if held.any():
-        fit.metrics["agreement"] = agreement(*discriminant.weights(), *_flat(tokens[held], labels[held]))
+        fit.metrics.update(_agreement_metrics(discriminant, features[torch.from_numpy(held)], labels[held]))
     fit.metrics.update(_routing_metrics(router, fit, features))
     return fit
+
+
+def _clusters(features: RoutingFeatures, settings: ClusterSettings, max_clusters: int) -> Clustering:
+    embeddings = features.embeddings.numpy()
+    if settings.algorithm == GIVEN:
+        return given_clusters(embeddings, features.labels.numpy(), max_clusters)
+    return find_clusters(
+        embeddings,
+        settings.algorithm,
+        settings.num_clusters,
+        settings.seed,
+        projection=settings.projection,
+        min_cluster_share=settings.min_cluster_share,
+        max_clusters=max_clusters,
+    )
+
+
+def _agreement_metrics(discriminant: Discriminant, held: RoutingFeatures, labels: np.ndarray) -> dict[str, float]:
+    """How often a token's own state tells the cluster of its sequence, over all tokens of held-out sequences and by
+    their position."""
+    weights = discriminant.weights()
+    tokens, each = _flat(held.tokens.numpy(), labels)
+    positions = held.positions.numpy().ravel()
+    metrics = {"agreement": agreement(*weights, tokens, each)}
+    for first, last in POSITIONS:
+        inside = (positions >= first) & (positions < (np.inf if last is None else last))
+        if inside.any():
+            name = f"agreement_from_{first}" if last is None else f"agreement_{first}_{last}"
+            metrics[name] = agreement(*weights, tokens[inside], each[inside])
+    return metrics
 
 
 def _flat(tokens: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

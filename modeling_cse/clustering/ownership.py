@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from .settings import ELBOW
+
 
 @dataclass
 class Identities:
@@ -47,16 +49,39 @@ class Ownership:
     identities: Identities
 
 
-def long_tail(shares: np.ndarray, common_share: float) -> np.ndarray:
+def long_tail(shares: np.ndarray, common_share: float | str) -> np.ndarray:
     """
-    Which clusters are long-tail, (K,) bool: the largest ones are common until together they hold `common_share` of
-    the sequences, the rest is the tail. With 0 every cluster is long-tail.
+    Which clusters are long-tail, (K,) bool.
+
+    Args:
+        shares: (K,) share of the sequences in each cluster, in any order.
+        common_share: a number from 0 to 1: the largest clusters are common until together they hold that share, the
+            rest is the tail; with 0 every cluster is long-tail. Or "elbow": see below.
+
+    The elbow is how the paper tells long-tail domains (9.37 % of its corpus): sort the shares in descending order and
+    draw the chord from the first to the last of them, over their ranks. The share that lies furthest below the chord
+    is the elbow, the largest one where several lie equally far. Clusters with that share or a smaller one are
+    long-tail. None is where no share lies below the chord: with fewer than three clusters, equal shares, shares that
+    fall along a line, or several large clusters before a single small one.
     """
+    if common_share == ELBOW:
+        return _below_elbow(shares)
     order = np.argsort(-shares, kind="stable")
     before = np.cumsum(shares[order]) - shares[order]
     tail = np.empty(len(shares), bool)
     tail[order] = before >= common_share - 1e-9
     return tail
+
+
+def _below_elbow(shares: np.ndarray) -> np.ndarray:
+    if len(shares) < 3:
+        return np.zeros(len(shares), bool)
+    falling = -np.sort(-shares)
+    depth = np.linspace(falling[0], falling[-1], len(falling)) - falling
+    if depth.max() <= 1e-9:
+        return np.zeros(len(shares), bool)
+    # of equals, the first: rounding must not decide
+    return shares <= falling[np.argmax(depth >= depth.max() - 1e-9)]
 
 
 def match_clusters(

@@ -4,21 +4,24 @@
 import math
 from pathlib import Path
 
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..clustering import ClusterSettings, move_clusters
-from ..routing_cse import ClusterRouter
-from .collecting import FeatureCollector
+from ..dispatch_cse import RoutedModule, Site
+from .collecting import FeatureCollector, routed_base_model
 from .fitting import fit_layers
 from .gathering import gather_features, local_capacity, rank, world_size
 from .memory import ClusterMemory, file_name, load_state, save_state
-from .moments import clear_moments
+from .moments import IdleSlots, start_moments
+from .schedule import FitSchedule
 
 
 logger = logging.get_logger(__name__)
 
-UPDATES = ("recluster", "ema", "frozen")
+EMA_DECAY = 0.999
+LAYER_BUDGET = 2
 
 
 class ClusterExpertsCallback(TrainerCallback):
@@ -31,17 +34,24 @@ class ClusterExpertsCallback(TrainerCallback):
 
     Args:
         warmup (`int` or `float`): dense steps, or share of training (below 1). 0 only if the model has clusters.
-        recluster_every (`int`): optimizer steps between two fits (`update="recluster"`).
+        recluster_every (`int`): optimizer steps between the first fit and the second.
         update (`str`): `"recluster"`, `"ema"` (after the first fit centroids follow their members as moving averages,
-            the paper's rule) or `"frozen"` (the first fit stays).
-        algorithm (`str`): `"kmeans"`.
-        num_clusters (`int`): clusters to look for.
-        common_share (`float`): the largest clusters are common until together they hold this share; the others are
-            long-tail.
+            the paper's rule), `"recluster+ema"` (they do so between the fits) or `"frozen"` (the first fit stays).
+        algorithm (`str`): `"kmeans"`, `"spherical"`, `"dbscan"`, `"hdbscan"`, or `"given"`: the `cluster_labels` of
+            the batches.
+        num_clusters (`int`, pair of `int`): clusters to look for, or a range of which the silhouette chooses. Default:
+            6 where the algorithm wants a number.
+        common_share (`float` or `"elbow"`): the largest clusters are common until together they hold this share; the
+            others are long-tail.
         sample_size (`int`): sequences kept per fit, over all processes.
         seed (`int`): of clustering and fresh expert weights.
         patience (`int`): fits in a row a cluster may be absent or common before it loses its expert.
-        ema_decay (`float`): weight of the past for one sequence (`update="ema"`).
+        ema_decay (`float`): weight of the past for one sequence, where centroids move. Default 0.999.
+        projection, min_cluster_share: see `ClusterSettings`.
+        recluster_growth (`float`): each interval between fits is so many times the one before.
+        recluster_until (`int` or `float`): no fit after this step, or share of training, so that experts settle.
+        layer_budget (`int`): with `cse_layers="auto"`, how many layers get experts: those with the largest cluster
+            clarity at the end of the warm-up. Default 2. The others become stock layers when training ends.
 
     Metrics go to `state.log_history`, and with `callback.attach(trainer)` through `Trainer.log` to every integration:
     `cse/layer_<i>/<module>/{clusters, experts, share_routed, churn, clarity, agreement, unserved}` and `cse/seconds`.
@@ -49,35 +59,39 @@ class ClusterExpertsCallback(TrainerCallback):
 
     def __init__(
         self,
-        warmup: int | float = 0.1,
+        warmup: int | float | str = 0.1,
         recluster_every: int = 500,
         update: str = "recluster",
         algorithm: str = "kmeans",
-        num_clusters: int = 6,
-        common_share: float = 0.7,
+        num_clusters: int | tuple[int, int] | None = None,
+        common_share: float | str = 0.7,
         sample_size: int = 2048,
         seed: int = 0,
         patience: int = 3,
-        ema_decay: float = 0.999,
+        ema_decay: float | None = None,
+        projection: int | str | None = "auto",
+        min_cluster_share: float | None = None,
+        recluster_growth: float = 1.0,
+        recluster_until: int | float | None = None,
+        layer_budget: int | None = None,
     ):
-        self.settings = ClusterSettings(algorithm, num_clusters, common_share, patience, seed)
-        if isinstance(warmup, bool) or not isinstance(warmup, int | float) or warmup < 0:
-            raise ValueError(f"warmup={warmup!r} is not allowed: it must be steps (int >= 0) or a share (0 to 1).")
-        if isinstance(warmup, float) and not 0 < warmup < 1:
-            raise ValueError(f"warmup={warmup!r} is not allowed: as a float it is a share of training, 0 to 1.")
-        if not isinstance(recluster_every, int) or isinstance(recluster_every, bool) or recluster_every < 1:
-            raise ValueError(f"recluster_every={recluster_every!r} is not allowed: it must be an int >= 1.")
-        if update not in UPDATES:
-            raise ValueError(f"update={update!r} is not allowed: it must be one of {list(UPDATES)}.")
-        if not isinstance(sample_size, int) or sample_size < num_clusters:
-            raise ValueError(
-                f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={num_clusters}."
-            )
-        if not isinstance(ema_decay, int | float) or not 0 <= ema_decay <= 1:
+        self.settings = ClusterSettings(
+            algorithm, num_clusters, common_share, patience, seed, projection, min_cluster_share
+        )
+        self.schedule = FitSchedule(warmup, recluster_every, recluster_growth, recluster_until, update)
+        least = (self.settings.cluster_range or (1,))[0]
+        if not isinstance(sample_size, int) or isinstance(sample_size, bool) or sample_size < least:
+            raise ValueError(f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={least}.")
+        if ema_decay is not None and not self.schedule.moves:
+            raise ValueError(f"ema_decay={ema_decay!r} is not allowed with update={update!r}, which moves nothing.")
+        if ema_decay is not None and (not isinstance(ema_decay, int | float) or not 0 <= ema_decay <= 1):
             raise ValueError(f"ema_decay={ema_decay!r} is not allowed: it must be from 0 to 1.")
-        self.warmup, self.recluster_every, self.update = warmup, recluster_every, update
-        self.sample_size, self.ema_decay = sample_size, ema_decay
+        if layer_budget is not None and (not isinstance(layer_budget, int) or layer_budget < 1):
+            raise ValueError(f"layer_budget={layer_budget!r} is not allowed: it must be None or an int >= 1.")
+        self.sample_size, self.layer_budget = sample_size, layer_budget
+        self.ema_decay = EMA_DECAY if ema_decay is None else ema_decay
         self.memory = ClusterMemory()
+        self.idle = IdleSlots()
         self.trainer: Trainer | None = None
         self.collector: FeatureCollector | None = None
 
@@ -90,56 +104,45 @@ class ClusterExpertsCallback(TrainerCallback):
 
     # ---- events, in the order in which they come -----------------------------------------------------------------
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model, optimizer=None, **kwargs
+    ):
         self.detach()
-        self.collector = FeatureCollector(model, local_capacity(self.sample_size))
+        self.base = routed_base_model(model)
+        self._check_model()
+        step = args.train_batch_size * args.gradient_accumulation_steps
+        capacity = local_capacity(self.sample_size)
+        self.collector = FeatureCollector(model, max(capacity, step) if self.schedule.moves else capacity)
         self.memory = ClusterMemory()
-        routers = [module.router for module in self.collector.base.routed_modules().values()]
-        self._check_sizes(routers)
         if state.global_step > 0:
-            self._resume(args, state, clustered=any(router.num_clusters for router in routers))
-        self.warmup_steps = math.ceil(self.warmup * state.max_steps) if isinstance(self.warmup, float) else self.warmup
-        if self.warmup_steps >= state.max_steps:
-            raise ValueError(
-                f"warmup={self.warmup!r} is not allowed: it ends at step {self.warmup_steps}, but training has only "
-                f"{state.max_steps} steps, so no expert would ever be switched on."
-            )
-        if self.warmup_steps == 0 and not all(router.num_clusters for router in routers):
-            raise ValueError(
-                "warmup=0 is not allowed for a model without clusters: fit them first (fit_experts), or let the model "
-                "train densely for a while."
-            )
-        if self.warmup_steps == 0 and self.update == "ema" and not self.memory.discriminants:
-            raise ValueError("warmup=0 is not allowed with update='ema': averages start from a fit in this run.")
+            self._resume(args, state)
+        self.first_fit = self.schedule.first_fit(state.max_steps)
+        self._check_warmup(state.max_steps)
         if self.trainer is None and args.report_to:
             logger.warning(
                 f"report_to={args.report_to}: cluster metrics are only in the trainer state. Use "
                 "ClusterExpertsCallback(...).attach(trainer) to log them to your integrations as well."
             )
-        self.collector.attach()
+        self.collector.attach(self._sites())
+        self.idle.take(self._modules(), optimizer)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if self.update == "ema" and self.memory.fits:
-            self.collector.enabled = True
-            return
         # Features drift while the model trains, so a fit sees the last batches before it and no older ones.
         sequences = args.train_batch_size * args.gradient_accumulation_steps * world_size()
         window = math.ceil(self.sample_size / sequences)
-        fit = self._next_fit(state.global_step, state.max_steps)
-        self.collector.enabled = fit is not None and fit - state.global_step <= window
+        fit = self.schedule.next_fit(self.first_fit, state.global_step, state.max_steps)
+        self.collector.enabled = self._moves() or (fit is not None and fit - state.global_step <= window)
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self.idle.restore()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model, optimizer, **kwargs
     ):
-        if self.update == "ema" and self.memory.fits:
+        if self.schedule.next_fit(self.first_fit, state.global_step - 1, state.max_steps) == state.global_step:
+            self._log(state, control, self._fit(optimizer))
+        elif self._moves():
             self._move()
-        elif self._next_fit(state.global_step - 1, state.max_steps) == state.global_step:
-            features = gather_features(self.collector.take())
-            features = {site: part and part.detrended() for site, part in features.items()}
-            metrics, filled = fit_layers(model, features, self.settings, self.memory)
-            for site, slots in filled.items():
-                clear_moments(optimizer, self.collector.base.routed_modules()[site].experts, slots)
-            self._log(state, control, metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -148,40 +151,98 @@ class ClusterExpertsCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.detach()
+        if self.base.config.cse_layers == "auto" and self.memory.fits:
+            self.base.drop_idle_layers()
 
     # ---- what they do --------------------------------------------------------------------------------------------
 
-    def _check_sizes(self, routers: list[ClusterRouter]) -> None:
+    def _sites(self) -> list[Site]:
+        """Where clusters are kept: all candidates before the first fit, afterwards those that have some."""
+        modules = self.base.routed_modules()
+        return [site for site, module in modules.items() if module.router.num_clusters] or list(modules)
+
+    def _modules(self) -> list[RoutedModule]:
+        return list(self.base.routed_modules().values())
+
+    def _moves(self) -> bool:
+        return self.schedule.moves and bool(self.memory.discriminants)
+
+    def _check_model(self) -> None:
         """Says at the start what would otherwise fail at the end of warm-up."""
-        most = min(router.max_clusters for router in routers)
-        if self.settings.num_clusters > most:
+        most = min(module.router.max_clusters for module in self._modules())
+        asked = self.settings.cluster_range
+        if asked is not None and asked[0] > most:
             raise ValueError(
                 f"num_clusters={self.settings.num_clusters} is not allowed: the routers of this model hold at most "
                 f"cse_max_clusters={most}."
             )
+        config = self.base.config
+        if self.layer_budget is not None and config.cse_layers != "auto":
+            raise ValueError(
+                f"layer_budget={self.layer_budget} is not allowed with cse_layers={config.cse_layers!r}: the layers "
+                "are given; it is read with 'auto'."
+            )
+        if config.cse_routing == "given" and self.settings.algorithm != "given":
+            raise ValueError(
+                f"algorithm={self.settings.algorithm!r} is not allowed with cse_routing='given': clusters come with "
+                "the batch, so it must be 'given'."
+            )
+        if self.settings.algorithm == "given" and self.schedule.update != "frozen":
+            raise ValueError(
+                f"update={self.schedule.update!r} is not allowed with algorithm='given': labels do not change, so it "
+                "must be 'frozen'."
+            )
+
+    def _check_warmup(self, max_steps: int) -> None:
+        warmup, clustered = self.schedule.warmup, any(module.router.num_clusters for module in self._modules())
+        if self.first_fit >= max_steps:
+            raise ValueError(
+                f"warmup={warmup!r} is not allowed: it ends at step {self.first_fit}, but training has only "
+                f"{max_steps} steps, so no expert would ever be switched on."
+            )
+        if self.first_fit == 0 and not clustered:
+            raise ValueError(
+                "warmup=0 is not allowed for a model without clusters: fit them first (fit_experts), or let the model "
+                "train densely for a while."
+            )
+        if self.first_fit == 0 and self.schedule.update == "ema" and not self.memory.discriminants:
+            raise ValueError("warmup=0 is not allowed with update='ema': averages start from a fit in this run.")
 
     def detach(self) -> None:
         """Takes the hooks off the model."""
         if self.collector is not None:
             self.collector.detach()
 
-    def _next_fit(self, step: int, max_steps: int) -> int | None:
-        """The first step after `step` at whose end clusters are fitted; never the last one, because nothing would be
-        left to train what changed."""
-        if step < self.warmup_steps:
-            return self.warmup_steps
-        if self.update != "recluster":
-            return None
-        fit = self.warmup_steps + ((step - self.warmup_steps) // self.recluster_every + 1) * self.recluster_every
-        return fit if fit < max_steps else None
+    def _fit(self, optimizer: Optimizer) -> dict[str, float]:
+        sites = self._sites()
+        first = not any(module.router.num_clusters for module in self._modules())
+        features = gather_features({site: self.collector.stores[site].all() for site in sites})
+        self.collector.clear()
+        features = {site: part and part.detrended() for site, part in features.items()}
+        auto = self.base.config.cse_layers == "auto" and first
+        budget = (self.layer_budget or LAYER_BUDGET) if auto else None
+        metrics, filled = fit_layers(self.base, features, self.settings, self.memory, layer_budget=budget)
+        modules = self.base.routed_modules()
+        for site, slots in filled.items():
+            start_moments(optimizer, modules[site], slots)
+        self.idle.take(self._modules(), optimizer)
+        if first:
+            self.collector.detach()
+            self.collector.attach(self._sites())
+        return metrics
 
     def _move(self) -> None:
-        features = gather_features(self.collector.take())
-        for site, module in self.collector.base.routed_modules().items():
-            if features[site] is not None:
+        newest = gather_features({site: self.collector.stores[site].newest() for site in self.memory.discriminants})
+        for site, features in newest.items():
+            if features is not None:
                 self.memory.discriminants[site] = move_clusters(
-                    module.router, self.memory.discriminants[site], features[site].embeddings, self.ema_decay
+                    self.base.routed_modules()[site].router,
+                    self.memory.discriminants[site],
+                    features.embeddings,
+                    self.ema_decay,
                 )
+        if not self.schedule.repeats:  # nothing will ever be fitted on what was collected
+            self.collector.clear()
 
     def _log(self, state: TrainerState, control: TrainerControl, metrics: dict[str, float]) -> None:
         if self.trainer is None:
@@ -192,8 +253,9 @@ class ClusterExpertsCallback(TrainerCallback):
         self.trainer.log(metrics)
         control.should_log = due
 
-    def _resume(self, args: TrainingArguments, state: TrainerState, clustered: bool) -> None:
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         """Takes up the memory of the checkpoint the Trainer has just loaded."""
+        clustered = any(module.router.num_clusters for module in self._modules())
         places = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
         if isinstance(args.resume_from_checkpoint, str):
             places.insert(0, Path(args.resume_from_checkpoint))

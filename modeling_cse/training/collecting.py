@@ -2,6 +2,7 @@
 """Collecting routing features from the forward passes of training itself: no second pass, no host synchronisation."""
 
 import inspect
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -44,15 +45,21 @@ class FeatureCollector:
         self.enabled = False
         self._signature = inspect.signature(self.base.forward)
         self._waiting: set[Site] = set()
+        self._sites: set[Site] = set(self.stores)
         self._scope = SequenceScope()
+        self._labels: torch.Tensor | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def attach(self) -> None:
-        """Puts the hooks on; `detach` takes them off."""
+    def attach(self, sites: Iterable[Site] | None = None) -> None:
+        """Puts the hooks on, at all sites or those given; `detach` takes them off."""
+        modules = self.base.routed_modules()
+        self._sites = set(modules if sites is None else sites)
         self._hooks.append(self.base.register_forward_pre_hook(self._begin, with_kwargs=True))
-        for site, module in self.base.routed_modules().items():
+        for site in self._sites:
             self._hooks.append(
-                module.router.register_forward_hook(lambda router, args, out, site=site: self._record(site, args[0]))
+                modules[site].router.register_forward_hook(
+                    lambda router, args, out, site=site: self._record(site, args[0])
+                )
             )
 
     def detach(self) -> None:
@@ -67,18 +74,24 @@ class FeatureCollector:
         arguments = self._signature.bind(*args, **kwargs).arguments
         arguments = {**arguments, **arguments.get("kwargs", {})}
         self._scope = SequenceScope.of(arguments.get("attention_mask"), arguments.get("position_ids"))
-        self._waiting = set(self.stores)
+        self._labels = arguments.get("cluster_labels")
+        self._waiting = set(self._sites)
 
     def _record(self, site: Site, states: torch.Tensor) -> None:
         if site not in self._waiting:
             return
         self._waiting.remove(site)
         store = self.stores[site]
-        store.add(sample_features(states.detach(), self._scope, self.tokens_per_sequence, store.seen))
+        store.add(
+            sample_features(states.detach(), self._scope, self.tokens_per_sequence, store.seen, self._labels)
+        )
 
     def take(self) -> dict[Site, RoutingFeatures | None]:
         """What was collected, by site; the stores are empty afterwards."""
         taken = {site: store.all() for site, store in self.stores.items()}
+        self.clear()
+        return taken
+
+    def clear(self) -> None:
         for store in self.stores.values():
             store.clear()
-        return taken

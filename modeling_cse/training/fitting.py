@@ -3,16 +3,24 @@
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
-from ..clustering import ClusterSettings, RoutingFeatures, fit_layer, identities_of, write_fit
-from ..dispatch_cse import Site
+from ..clustering import ClusterSettings, LayerFit, RoutingFeatures, fit_layer, identities_of, write_fit
+from ..dispatch_cse import RoutedModule, Site
 from .collecting import FeatureCollector, routed_base_model
 from .gathering import gather_features, local_capacity, on_first_rank
 from .memory import ClusterMemory
+
+
+logger = logging.get_logger(__name__)
+
+# Below it a fit warns: METHOD section 2 measured 0.94 from position 32 on.
+POOR_AGREEMENT = 0.7
 
 
 def fit_layers(
@@ -20,9 +28,17 @@ def fit_layers(
     features: dict[Site, RoutingFeatures | None],
     settings: ClusterSettings,
     memory: ClusterMemory,
+    layer_budget: int | None = None,
 ) -> tuple[dict[str, float], dict[Site, list[int]]]:
     """
     Fits every site on features that all ranks share, and writes nothing unless all of them succeed.
+
+    Args:
+        model: a CSE model or head.
+        features: of the sites to fit.
+        settings: how clusters are found and kept.
+        memory: of the fits before; written.
+        layer_budget: write only the fits of so many layers, those with the largest cluster clarity. None: of all.
 
     Returns:
         Metrics by name, and the expert slots that changed hands, by site.
@@ -35,36 +51,52 @@ def fit_layers(
 
     def compute():
         fits = {}
-        for site, module in modules.items():
-            if features[site] is None:
+        for site, sample in features.items():
+            if sample is None:
                 raise ValueError(f"no sequence reached the router of {site}: there is nothing to cluster.")
-            identities = memory.identities.get(site) or identities_of(module.router)
-            fits[site] = fit_layer(module.router, features[site], settings, identities, module.experts.num_experts)
+            router, experts = modules[site].router, modules[site].experts
+            identities = memory.identities.get(site) or identities_of(router)
+            fits[site] = fit_layer(router, sample, settings, identities, experts.num_experts)
         return fits
 
     fits = on_first_rank(compute)
-    metrics = {}
+    metrics = {f"cse/{site}/clarity": fit.metrics["clarity"] for site, fit in fits.items()}
+    fits = fits if layer_budget is None else clearest_layers(fits, layer_budget)
     for site, fit in fits.items():
         write_fit(modules[site], fit, settings, memory.fits, site)
         memory.identities[site] = fit.ownership.identities
         memory.discriminants[site] = fit.discriminant
         metrics.update({f"cse/{site}/{name}": value for name, value in fit.metrics.items()})
+        _warn_of_poor_agreement(site, modules[site], fit)
     memory.fits += 1
     metrics["cse/seconds"] = time.perf_counter() - start
     return metrics, {site: fit.ownership.filled for site, fit in fits.items()}
 
 
+def clearest_layers(fits: dict[Site, LayerFit], budget: int) -> dict[Site, LayerFit]:
+    """The fits of the `budget` layers whose clusters are clearest, over the mean of a layer's modules (the paper
+    chooses layers by the distances between clusters); the deeper of equals."""
+    by_layer: dict[int, list[float]] = {}
+    for site, fit in fits.items():
+        by_layer.setdefault(site.layer, []).append(fit.metrics["clarity"])
+    order = sorted(by_layer, key=lambda layer: (sum(by_layer[layer]) / len(by_layer[layer]), layer), reverse=True)
+    return {site: fit for site, fit in fits.items() if site.layer in order[:budget]}
+
+
+def _warn_of_poor_agreement(site: Site, module: RoutedModule, fit: LayerFit) -> None:
+    metrics = fit.metrics
+    share = metrics.get("agreement_32_128", metrics.get("agreement"))
+    if module.router.routing == "discriminant" and share is not None and share < POOR_AGREEMENT:
+        logger.warning(
+            f"{site}: the discriminant gives only {share:.0%} of held-out tokens (of positions 32 to 128, if there "
+            "are any) the cluster of their sequence, so many tokens miss their expert. Fewer clusters (num_clusters), a "
+            "larger sample (sample_size), or a later first fit (warmup) may help."
+        )
+
+
 @torch.no_grad()
 def fit_experts(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
-    *,
-    num_clusters: int = 6,
-    common_share: float = 0.7,
-    algorithm: str = "kmeans",
-    sample_size: int = 2048,
-    patience: int = 3,
-    seed: int = 0,
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, sample_size: int = 2048, **settings: Any
 ) -> dict[str, float]:
     """
     Does outside the Trainer what `ClusterExpertsCallback` does inside: collects routing features from tokenised
@@ -74,8 +106,9 @@ def fit_experts(
         model: a CSE model or head; one that loaded a dense checkpoint, for example.
         batches: tokenised batches, dicts of tensors with `input_ids` or `inputs_embeds`, (B, T) each; labels are
             ignored. Read until `sample_size` sequences have passed. Use the text the model is going to see.
-        num_clusters, common_share, algorithm, patience, seed: see `ClusterSettings`.
-        sample_size: sequences to fit on, at least `num_clusters`.
+        sample_size: sequences to fit on, at least the number of clusters.
+        **settings: fields of `ClusterSettings`: algorithm, num_clusters, common_share, patience, seed, projection,
+            min_cluster_share.
 
     Returns:
         The metrics of the fit, by name, as the callback logs them.
@@ -83,14 +116,16 @@ def fit_experts(
     Raises:
         ValueError: no batch, fewer sequences than clusters, features that are not finite, or a wrong setting.
     """
-    settings = ClusterSettings(algorithm, num_clusters, common_share, patience, seed)
-    if not isinstance(sample_size, int) or sample_size < num_clusters:
-        raise ValueError(
-            f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={num_clusters}."
-        )
+    unknown = sorted(set(settings) - {field.name for field in fields(ClusterSettings)})
+    if unknown:
+        raise ValueError(f"{unknown} is not allowed: fit_experts knows the fields of ClusterSettings and sample_size.")
+    settings = ClusterSettings(**settings)
+    least = (settings.cluster_range or (1,))[0]
+    if not isinstance(sample_size, int) or sample_size < least:
+        raise ValueError(f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={least}.")
     base = routed_base_model(model)
     collector = FeatureCollector(model, local_capacity(sample_size), training_only=False)
-    inputs = {"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"}
+    inputs = {"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "cluster_labels"}
     was_training = model.training
     model.eval()
     collector.attach()

@@ -91,9 +91,6 @@ def load_state(folder: Path, rank: int, step: int, memory: ClusterMemory, stores
     memory.load(named)
     seen = json.loads(metadata["seen"])
     for site, store in stores.items():
-        store.clear()
-        store.seen = seen[str(site)]
         prefix = f"features.{site}."
         fields = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
-        if fields:
-            store.parts.append(RoutingFeatures(**fields))
+        store.restore(RoutingFeatures(**fields) if fields else None, seen[str(site)])

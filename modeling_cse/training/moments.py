@@ -1,16 +1,128 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""Optimizer state of experts that start anew."""
+"""What an optimizer remembers of expert slots: at their start, and while no cluster routes to them."""
 
 import torch
+from torch import nn
+from transformers.utils import logging
 
-from ..experts_cse import FusedExperts
+from ..dispatch_cse import RoutedModule
+
+
+logger = logging.get_logger(__name__)
+
+# Second moments of the Adam family: they say how large gradients are, which for fresh weights is not zero.
+SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
 
 
 @torch.no_grad()
-def clear_moments(optimizer: torch.optim.Optimizer, experts: FusedExperts, slots: list[int]) -> None:
-    """Forgets what the optimizer remembers of expert slots that changed hands: the moments of another domain's expert
-    would push the fresh weights about. State that is not one value per weight (step counts) stays."""
-    for parameter in experts.parameters():
-        for value in optimizer.state.get(parameter, {}).values():
-            if torch.is_tensor(value) and value.shape == parameter.shape:
-                value[slots] = 0
+def start_moments(optimizer: torch.optim.Optimizer, module: RoutedModule, slots: list[int]) -> None:
+    """
+    Gives expert slots that start anew the moments of the base.
+
+    A copy of the base (`"replace"`) takes over the base's moments, so that its next step is the one that the base
+    would have made. A fresh expert (`"add"`) has no past; its second moments start at the mean of those of the base's
+    matrix in the same place. From zero, Adam would divide by next to nothing and take its first steps several times
+    too large: (1 - beta1^n) / sqrt(1 - beta2^n) is 6.5 after n = 10 steps at beta2 = 0.999.
+
+    Optimizers whose state is not one value per weight (and SGD without momentum, which has none) start by themselves.
+
+    Args:
+        optimizer: of the run.
+        module: whose experts start.
+        slots: the expert slots that changed hands.
+    """
+    names = _state_names(optimizer, module)
+    if not slots or not names:
+        return
+    for parameter in module.experts.parameters():
+        _begin_state(optimizer, parameter, like=_first_base_state(optimizer, module))
+    for name in names:
+        base = module.base_weights(of=lambda parameter, name=name: optimizer.state[parameter][name])
+        start = _start_of_slot(module, name, base)
+        for key, parameter in module.experts.named_parameters():
+            state = optimizer.state[parameter][name]
+            for slot in slots:
+                state[slot] = start[key].to(state)
+
+
+def _start_of_slot(module: RoutedModule, name: str, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One kind of moment for one slot, by the names of the fused tensors."""
+    shapes = {key: parameter.shape[1:] for key, parameter in module.experts.named_parameters()}
+    device = next(iter(base.values())).device
+    means = {key: base[key].float().mean() if name in SQUARES else 0.0 for key in shapes}
+    slot = {key: torch.ones(shape, device=device) * means[key] for key, shape in shapes.items()}
+    if module.experts.combine == "replace":
+        module.experts.lay_base(base, slot)
+    return slot
+
+
+def _state_names(optimizer: torch.optim.Optimizer, module: RoutedModule) -> list[str]:
+    """The entries of the optimizer's state that hold one value per weight of the base."""
+    found: list[list[str]] = []
+
+    def look(parameter: nn.Parameter) -> torch.Tensor:
+        state = optimizer.state.get(parameter, {})
+        found.append([k for k, v in state.items() if torch.is_tensor(v) and v.shape == parameter.shape and v.dim()])
+        return parameter
+
+    module.base_weights(of=look)
+    return found[0] if all(names == found[0] for names in found) else []
+
+
+def _first_base_state(optimizer: torch.optim.Optimizer, module: RoutedModule) -> dict:
+    states: list[dict] = []
+    module.base_weights(of=lambda parameter: states.append(optimizer.state[parameter]) or parameter)
+    return states[0]
+
+
+def _begin_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, like: dict) -> None:
+    """Until the first fit experts have no gradient, so that the optimizer knows nothing of them. Their step count
+    starts with the base's: bias correction is for moments that start at zero."""
+    if optimizer.state.get(parameter):
+        return
+    state = {}
+    for name, value in like.items():
+        per_weight = torch.is_tensor(value) and value.dim() > 0
+        state[name] = torch.zeros_like(parameter, dtype=value.dtype) if per_weight else _copy(value)
+    optimizer.state[parameter] = state
+
+
+def _copy(value):
+    return value.clone() if torch.is_tensor(value) else value
+
+
+class IdleSlots:
+    """
+    Keeps expert slots that no cluster routes to exactly as they are. Slots are fused in one parameter, so that an
+    optimizer step would decay them, and carry them along with what is left of their momentum: an expert whose cluster
+    is absent for a while would come back as another.
+    """
+
+    def __init__(self):
+        self.held: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    @torch.no_grad()
+    def take(self, modules: list[RoutedModule], optimizer: torch.optim.Optimizer) -> None:
+        """Notes idle slots and what they hold; after every fit. Reads the device."""
+        self.held = []
+        for module in modules:
+            if not module.router.num_clusters:
+                continue
+            used = set(module.router.cluster_expert.tolist())
+            idle = [slot for slot in range(module.experts.num_experts) if slot not in used]
+            if not idle:
+                continue
+            for parameter in module.experts.parameters():
+                rows = torch.tensor(idle, device=parameter.device)
+                per_weight = [
+                    value
+                    for value in optimizer.state.get(parameter, {}).values()
+                    if torch.is_tensor(value) and value.shape == parameter.shape
+                ]
+                self.held += [(tensor, rows, tensor[rows].clone()) for tensor in (parameter, *per_weight)]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts them back; after every optimizer step."""
+        for tensor, rows, values in self.held:
+            tensor[rows] = values

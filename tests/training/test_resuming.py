@@ -19,11 +19,12 @@ SLOW = settings(warmup=6, recluster_every=6)
 
 
 def run(folder, update: str, resume=None, **options):
-    callback = ClusterExpertsCallback(**{**SLOW, "update": update, "ema_decay": 0.95})
+    decay = {"ema_decay": 0.95} if "ema" in update else {}
+    callback = ClusterExpertsCallback(**{**SLOW, "update": update, **decay})
     return train(folder, callback, resume=resume, **{**SAVING, **options})
 
 
-@pytest.fixture(scope="module", params=["recluster", "ema", "frozen"])
+@pytest.fixture(scope="module", params=["recluster", "ema", "recluster+ema", "frozen"])
 def whole(request, tmp_path_factory):
     """An uninterrupted run that saved every step."""
     folder = tmp_path_factory.mktemp(request.param)

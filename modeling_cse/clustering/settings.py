@@ -1,0 +1,145 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""What a user decides about clusters: values are checked when set, and defaults that depend on others resolved."""
+
+from dataclasses import dataclass
+
+
+# These look for a number of clusters that is given, ...
+CENTROID_ALGORITHMS = ("kmeans", "spherical")
+# ... and these for regions as dense as the sample asks for, however many there are.
+DENSITY_ALGORITHMS = ("dbscan", "hdbscan")
+# The labels that come with the batches: domains that are known, or a control.
+GIVEN = "given"
+ALGORITHMS = (*CENTROID_ALGORITHMS, *DENSITY_ALGORITHMS, GIVEN)
+
+NUM_CLUSTERS = 6
+
+ELBOW = "elbow"
+DENSITY_PROJECTION = 32
+DENSITY_MIN_SHARE = 0.02
+
+
+@dataclass
+class ClusterSettings:
+    """
+    How clusters are found and kept, checked when made.
+
+    Fields:
+        algorithm: one of `ALGORITHMS`.
+        num_clusters: for kmeans and spherical how many to look for, at least 1, or a pair (low, high), low at least 2:
+            the number between them, both included, with the largest silhouette. None stands for 6 there, and is all
+            that the others take, which find their number themselves. A list, as YAML has it, becomes a tuple.
+        common_share: the largest clusters are common until together they hold this share, 0 to 1; or "elbow", see
+            `long_tail`.
+        patience: fits in a row an owner may be absent or common before it loses its expert, at least 1.
+        seed: of clustering and of fresh expert weights, below 2 ** 32.
+        projection: dimensions of a Gaussian random projection before any distance is taken (the paper does so), None
+            for none. "auto": none for kmeans and spherical, 32 for dbscan and hdbscan.
+        min_cluster_share: the smallest share of the sequences, 0 to 1, that dbscan and hdbscan call a cluster; None
+            stands for 0.02. The other algorithms do not read it, and refuse it.
+
+    Raises:
+        ValueError: a value that is not allowed, or not allowed beside this algorithm.
+    """
+
+    algorithm: str = "kmeans"
+    num_clusters: int | tuple[int, int] | None = None
+    common_share: float | str = 0.7
+    patience: int = 3
+    seed: int = 0
+    projection: int | str | None = "auto"
+    min_cluster_share: float | None = None
+
+    def __post_init__(self):
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm={self.algorithm!r} is not allowed: it must be one of {list(ALGORITHMS)}.")
+        if isinstance(self.num_clusters, list):
+            self.num_clusters = tuple(self.num_clusters)
+        self._check_num_clusters()
+        if self.common_share != ELBOW and not _is_share(self.common_share):
+            raise ValueError(
+                f"common_share={self.common_share!r} is not allowed: it must be from 0 to 1, or {ELBOW!r}."
+            )
+        if not _is_int(self.patience, 1):
+            raise ValueError(f"patience={self.patience!r} is not allowed: it must be an int >= 1.")
+        if not _is_int(self.seed, 0) or self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed!r} is not allowed: it must be an int >= 0 and below 2 ** 32.")
+        if self.algorithm == GIVEN and self.projection not in (None, "auto"):
+            raise ValueError(
+                f"projection={self.projection!r} is not allowed with algorithm={GIVEN!r}: labels need no distance."
+            )
+        if self.projection is not None and self.projection != "auto" and not _is_int(self.projection, 1):
+            raise ValueError(
+                f"projection={self.projection!r} is not allowed: it must be an int >= 1, None for no projection, or "
+                "'auto'."
+            )
+        if self.min_cluster_share is None:
+            return
+        if not self.density:
+            raise ValueError(
+                f"min_cluster_share={self.min_cluster_share!r} is not allowed with algorithm={self.algorithm!r}: only "
+                f"{list(DENSITY_ALGORITHMS)} read it."
+            )
+        if not _is_share(self.min_cluster_share):
+            raise ValueError(f"min_cluster_share={self.min_cluster_share!r} is not allowed: it must be from 0 to 1.")
+
+    def _check_num_clusters(self) -> None:
+        value = self.num_clusters
+        if value is None:
+            return
+        if self.algorithm not in CENTROID_ALGORITHMS:
+            right, allowed = False, "None, because their number is found, not asked for"
+        else:
+            pair = isinstance(value, tuple) and len(value) == 2 and all(_is_int(end, 2) for end in value)
+            right = _is_int(value, 1) or (pair and value[0] <= value[1])
+            allowed = "an int >= 1, or a pair (low, high) with 2 <= low <= high"
+        if not right:
+            raise ValueError(
+                f"num_clusters={value!r} is not allowed with algorithm={self.algorithm!r}: it must be {allowed}."
+            )
+
+    @property
+    def density(self) -> bool:
+        """Whether the algorithm looks for dense regions, and may call sequences noise."""
+        return self.algorithm in DENSITY_ALGORITHMS
+
+    @property
+    def cluster_range(self) -> tuple[int, int] | None:
+        """The least and the most clusters that are asked for, the same where it is one number; None where the
+        algorithm finds it."""
+        if self.algorithm not in CENTROID_ALGORITHMS:
+            return None
+        asked = NUM_CLUSTERS if self.num_clusters is None else self.num_clusters
+        return (asked, asked) if isinstance(asked, int) else asked
+
+    @property
+    def smallest_share(self) -> float | None:
+        """`min_cluster_share` with its default filled in; None for algorithms that have no such bound."""
+        if self.density and self.min_cluster_share is None:
+            return DENSITY_MIN_SHARE
+        return self.min_cluster_share
+
+    def projected_width(self, width: int) -> int | None:
+        """
+        Dimensions to project embeddings of `width` dimensions to, None for no projection. The default of the density
+        algorithms is passed over where there is nothing to reduce.
+
+        Raises:
+            ValueError: a projection that was asked for has more dimensions than there are.
+        """
+        if self.projection == "auto":
+            return DENSITY_PROJECTION if self.density and DENSITY_PROJECTION < width else None
+        if self.projection is not None and self.projection > width:
+            raise ValueError(
+                f"projection={self.projection} is not allowed for embeddings of {width} dimensions: it must be at "
+                f"most {width}, or None."
+            )
+        return self.projection
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1

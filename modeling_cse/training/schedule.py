@@ -1,0 +1,93 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""When clusters are fitted: at the end of the dense warm-up, and again at even or growing intervals."""
+
+import math
+from dataclasses import dataclass
+
+
+UPDATES = ("recluster", "recluster+ema", "ema", "frozen")
+
+
+@dataclass
+class FitSchedule:
+    """
+    What a user may say about the times of fits, checked when made.
+
+    Fields:
+        warmup: dense steps (int), share of training (float below 1), or "auto" (`training.consistency`).
+        recluster_every: steps from the first fit to the second.
+        recluster_growth: each interval is so many times the one before, at least 1.
+        recluster_until: no fit after this step (int) or share of training (float); None: until the end.
+        update: one of `UPDATES`.
+    """
+
+    warmup: int | float | str = 0.1
+    recluster_every: int = 500
+    recluster_growth: float = 1.0
+    recluster_until: int | float | None = None
+    update: str = "recluster"
+
+    def __post_init__(self):
+        if self.update not in UPDATES:
+            raise ValueError(f"update={self.update!r} is not allowed: it must be one of {list(UPDATES)}.")
+        if self.warmup != "auto":
+            _check_time("warmup", self.warmup, "'auto', ")
+        every = self.recluster_every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"recluster_every={every!r} is not allowed: it must be an int >= 1.")
+        growth = self.recluster_growth
+        if isinstance(growth, bool) or not isinstance(growth, int | float) or not 1 <= growth < math.inf:
+            raise ValueError(f"recluster_growth={growth!r} is not allowed: it must be a number >= 1.")
+        if self.recluster_until is not None:
+            _check_time("recluster_until", self.recluster_until, "None, ")
+        for name, default in (("recluster_growth", 1.0), ("recluster_until", None)):
+            if not self.repeats and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not allowed with update={self.update!r}, which fits once."
+                )
+
+    @property
+    def repeats(self) -> bool:
+        """Whether clusters are fitted more than once."""
+        return self.update.startswith("recluster")
+
+    @property
+    def moves(self) -> bool:
+        """Whether centroids follow their members between fits."""
+        return self.update.endswith("ema")
+
+    def first_fit(self, max_steps: int) -> int | None:
+        """The step at whose end the warm-up is over; None with "auto"."""
+        return None if self.warmup == "auto" else as_step(self.warmup, max_steps)
+
+    def next_fit(self, first: int, step: int, max_steps: int) -> int | None:
+        """
+        The first step after `step` at whose end clusters are fitted, None if there is none. Never the last step of
+        training, because nothing would be left to train what changed.
+
+        Args:
+            first: the step of the first fit.
+        """
+        if step < first:
+            return first
+        last = max_steps - 1
+        if self.recluster_until is not None:
+            last = min(last, as_step(self.recluster_until, max_steps))
+        fit, interval = first, float(self.recluster_every)
+        while fit <= step:
+            fit, interval = fit + round(interval), interval * self.recluster_growth
+        return fit if self.repeats and fit <= last else None
+
+
+def as_step(time: int | float, max_steps: int) -> int:
+    """A step as it is, a share of training as the step that completes it."""
+    return math.ceil(time * max_steps) if isinstance(time, float) else time
+
+
+def _check_time(name: str, value: int | float, others: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise ValueError(
+            f"{name}={value!r} is not allowed: it must be {others}steps (int >= 0) or a share (float from 0 to 1)."
+        )
+    if isinstance(value, float) and not 0 < value < 1:
+        raise ValueError(f"{name}={value!r} is not allowed: as a float it is a share of training, 0 to 1.")
