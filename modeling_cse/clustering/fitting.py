@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..dispatch_cse import RoutedModule, Site
-from ..routing_cse import ClusterRouter
+from ..routing_cse import ClusterRouter, RoutingContext
 from .algorithms import Clustering, find_clusters, given_clusters
 from .discriminant import Discriminant, agreement
 from .features import RoutingFeatures
@@ -144,11 +144,13 @@ def _routing_metrics(router: ClusterRouter, fit: LayerFit, features: RoutingFeat
 
 def sequence_experts(router: ClusterRouter, features: RoutingFeatures, state: dict[str, torch.Tensor]) -> torch.Tensor:
     """The expert of each sampled sequence (N,) under a routing state, read the way the router reads it: by the
-    summed scores of its tokens, or by its embedding."""
+    summed scores of its tokens, by its embedding, or by its label."""
     probe = ClusterRouter(router.config)
     probe.write(**{name: rows.cpu() for name, rows in state.items()})
     if router.routing == "sequence":
         return probe(features.embeddings.unsqueeze(1))[2].squeeze(1)
+    if router.routing == "given":
+        return probe(features.embeddings.unsqueeze(1), RoutingContext(cluster_labels=features.labels))[2].squeeze(1)
     scores = probe(features.tokens)[0].view(*features.positions.shape, -1).double().sum(1)
     return probe.cluster_expert[scores.argmax(-1)]
 

@@ -1,10 +1,22 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""From text to blocks of tokens: `load_corpus`, `train_tokenizer`, `pack`, `split_by_domain`."""
+"""From text to blocks of tokens: `load_corpus`, `train_tokenizer`, `pack`, `split_by_domain`; and labels for the
+controls: `label_at_random`, `label_by_domain`."""
 
+from .controls import LABEL_COLUMN, label_at_random, label_by_domain
 from .corpus import load_corpus
 from .masking import mask_once
 from .packing import DOMAIN_COLUMN, pack, split_by_domain
 from .tokenization import train_tokenizer
 
 
-__all__ = ["DOMAIN_COLUMN", "load_corpus", "mask_once", "pack", "split_by_domain", "train_tokenizer"]
+__all__ = [
+    "DOMAIN_COLUMN",
+    "LABEL_COLUMN",
+    "label_at_random",
+    "label_by_domain",
+    "load_corpus",
+    "mask_once",
+    "pack",
+    "split_by_domain",
+    "train_tokenizer",
+]

@@ -17,6 +17,11 @@ def _flag(default: Any, help: str, **kwargs) -> Any:
     return field(default=default, metadata=metadata)
 
 
+CONTROLS = ("oracle", "random")
+# Cluster arguments that are not the callback's.
+OF_THE_RUN = ("compare_with_dense", "control", "random_shares", "prompt")
+
+
 @dataclass
 class ModelArguments:
     """Which model, config and tokenizer to start from."""
@@ -31,12 +36,23 @@ class ModelArguments:
     model_revision: str = _flag("main", "Branch, tag or commit on the Hub.")
     token: str | None = _flag(None, "Token for private repositories on the Hub.")
     trust_remote_code: bool = _flag(False, "Allow code from the Hub to run.")
-    cse_layers: list[int] | None = _flag(None, "Layers with experts; default: as the config says.", nargs="+")
+    cse_layers: list[str] | None = _flag(None, "Layers with experts, or auto; default: as the config says.", nargs="+")
+    cse_modules: list[str] | None = _flag(None, "attention, ffn or both; default: as the config says.", nargs="+")
     cse_combine: str | None = _flag(None, "replace or add; default: as the config says.")
     cse_num_experts: int | None = _flag(None, "Expert slots a layer; default: as the config says.")
     cse_expert_size: int | None = _flag(None, "Width of an expert; default: as the config says.")
     cse_routing: str | None = _flag(None, "discriminant or sequence; default: as the config says.")
     cse_max_clusters: int | None = _flag(None, "Clusters a router can hold; default: as the config says.")
+
+    def __post_init__(self):
+        layers = self.cse_layers
+        if layers in ("auto", ["auto"]):
+            self.cse_layers = "auto"
+        elif layers is not None:
+            try:
+                self.cse_layers = [int(layer) for layer in layers]
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"cse_layers={layers!r} is not allowed: it must be ints, or 'auto'.") from error
 
 
 @dataclass
@@ -63,24 +79,68 @@ class ClusterArguments:
     """How clusters are found and kept (`ClusterExpertsCallback`), and what the run is compared with."""
 
     warmup: str = _flag("0.1", "Dense training before the first fit: steps, or a share below 1.")
-    recluster_every: int = _flag(500, "Steps between two fits.")
-    update: str = _flag("recluster", "recluster, ema or frozen.")
-    algorithm: str = _flag("kmeans", "How clusters are found.")
-    num_clusters: int = _flag(6, "Clusters to look for.")
-    common_share: float = _flag(0.7, "The largest clusters are common until they hold this share together.")
+    recluster_every: int = _flag(500, "Steps between the first fit and the second.")
+    recluster_growth: float = _flag(1.0, "Each interval between fits is so many times the one before.")
+    recluster_until: str | None = _flag(None, "No fit after it: steps, or a share of training below 1.")
+    update: str = _flag("recluster", "recluster, ema, recluster+ema or frozen.")
+    algorithm: str = _flag("kmeans", "How clusters are found: kmeans, spherical, dbscan, hdbscan, or given.")
+    num_clusters: list[int] | None = _flag(None, "Clusters to look for, or a range: 2 8. Default 6.", nargs="+")
+    common_share: str = _flag("0.7", "The largest clusters are common until they hold this share; or elbow.")
+    projection: str = _flag("auto", "Dimensions of a random projection before clustering, none, or auto.")
+    min_cluster_share: float | None = _flag(None, "Smallest share that dbscan and hdbscan call a cluster.")
     sample_size: int = _flag(2048, "Sequences kept for a fit.")
     patience: int = _flag(3, "Fits a cluster may be absent or common before it loses its expert.")
-    ema_decay: float = _flag(0.999, "Weight of the past for one sequence (update=ema).")
+    ema_decay: float | None = _flag(None, "Weight of the past for one sequence with ema. Default 0.999.")
+    layer_budget: int | None = _flag(None, "With cse_layers auto: layers that get experts. Default 2.")
     compare_with_dense: bool = _flag(False, "Train the dense twin too: same start, same batches.")
+    control: str | None = _flag(None, "In place of clusters: oracle (by domain column) or random (random_shares).")
+    random_shares: list[float] | None = _flag(None, "Sizes of the random clusters, with sum 1.", nargs="+")
     prompt: str = _flag("The", "Beginning of the sentence that the reloaded model completes.")
+
+    def __post_init__(self):
+        if isinstance(self.num_clusters, list):
+            clusters = self.num_clusters
+            self.num_clusters = clusters[0] if len(clusters) == 1 else tuple(clusters)
+        if self.control not in (None, *CONTROLS):
+            raise ValueError(f"control={self.control!r} is not allowed: it must be one of {list(CONTROLS)}.")
+        if (self.random_shares is None) == (self.control == "random"):
+            raise ValueError(
+                f"random_shares={self.random_shares!r} is not allowed with control={self.control!r}: the sizes belong "
+                "to control='random'."
+            )
+        if self.control is not None:
+            self._use_given_labels()
+
+    def _use_given_labels(self) -> None:
+        """A control has its clusters from the batch: what says how to find and keep them is replaced, on purpose, so
+        that one recipe serves a run and its controls."""
+        self.algorithm, self.update, self.num_clusters, self.projection = "given", "frozen", None, "auto"
+        self.min_cluster_share, self.ema_decay, self.recluster_until, self.recluster_growth = None, None, None, 1.0
 
     def callback_arguments(self, seed: int) -> dict[str, Any]:
         """Arguments of `ClusterExpertsCallback`."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("compare_with_dense", "prompt")}
-        return {**own, "warmup": steps_or_share(self.warmup), "seed": seed}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OF_THE_RUN}
+        until = self.recluster_until
+        return {
+            **own,
+            "warmup": self.warmup if self.warmup == "auto" else steps_or_share(self.warmup),
+            "recluster_until": None if until is None else steps_or_share(until, "recluster_until"),
+            "common_share": _number_or_word("common_share", self.common_share, {"elbow": "elbow"}),
+            "projection": _number_or_word("projection", self.projection, {"auto": "auto", "none": None}),
+            "seed": seed,
+        }
 
 
-def steps_or_share(value: str | int | float) -> int | float:
+def _number_or_word(name: str, value: str | float, words: dict[str, Any]) -> Any:
+    if value in words:
+        return words[value]
+    try:
+        return float(value) if "." in str(value) else int(value)
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r} is not allowed: it must be a number or one of {list(words)}.") from error
+
+
+def steps_or_share(value: str | int | float, name: str = "warmup") -> int | float:
     """Reads "200" as 200 steps and "0.1" as a tenth of training.
 
     Raises:
@@ -89,7 +149,7 @@ def steps_or_share(value: str | int | float) -> int | float:
     try:
         return int(value) if str(value).strip().isdigit() else float(value)
     except ValueError as error:
-        raise ValueError(f"warmup={value!r} is not allowed: it must be steps (int) or a share (float).") from error
+        raise ValueError(f"{name}={value!r} is not allowed: it must be steps (int) or a share (float).") from error
 
 
 def parse_arguments(

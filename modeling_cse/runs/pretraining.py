@@ -23,7 +23,15 @@ from transformers import (
 )
 
 from .. import CSEBertConfig, CSEBertForMaskedLM, CSEGPT2Config, CSEGPT2ForCausalLM
-from ..data import load_corpus, mask_once, pack, split_by_domain, train_tokenizer
+from ..data import (
+    label_at_random,
+    label_by_domain,
+    load_corpus,
+    mask_once,
+    pack,
+    split_by_domain,
+    train_tokenizer,
+)
 from ..evaluation import perplexity_for_trainer, row_losses_for_trainer
 from ..training import ClusterExpertsCallback
 from .arguments import ClusterArguments, DataArguments, ModelArguments, parse_arguments
@@ -148,13 +156,13 @@ class Pretraining:
             seed=self.args.seed,
         )
         self.tokenizer = self._load_tokenizer(corpus["train"])
-        self.training = self._pack(corpus["train"], data.streaming)
+        self.training = self._label(self._pack(corpus["train"], data.streaming))
         if isinstance(self.training, Dataset) and "domain" in self.training.column_names:
             self.training = self.training.remove_columns("domain")
         validation = corpus["validation"]
         if isinstance(validation, IterableDataset):  # it is read many times, and by domain
             validation = Dataset.from_list(list(validation))
-        self.validation = split_by_domain(self._pack(validation, False))
+        self.validation = split_by_domain(self._label(self._pack(validation, False)))
         if not self.family.causal:
             self.validation = {
                 domain: mask_once(blocks, self.tokenizer, mlm_probability=data.mlm_probability, seed=self.args.seed)
@@ -197,6 +205,17 @@ class Pretraining:
             streaming=streaming,
         )
 
+    def _label(self, blocks: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """The clusters of a control, as a column."""
+        control = self.cluster_arguments.control
+        if control is None:
+            return blocks
+        if control == "random":
+            return label_at_random(blocks, self.cluster_arguments.random_shares, self.args.seed)
+        if isinstance(blocks, IterableDataset) or "domain" not in blocks.column_names:
+            raise ValueError("control='oracle' is not allowed without a domain_column, or with streaming=True.")
+        return label_by_domain(blocks, sorted(set(blocks["domain"])))
+
     def _batches(self, blocks: Dataset) -> Iterator[dict[str, torch.Tensor]]:
         # validation blocks are labelled already, in both families
         yield from DataLoader(blocks, self.args.per_device_eval_batch_size, collate_fn=default_data_collator)
@@ -211,6 +230,12 @@ class Pretraining:
             for field in fields(model)
             if field.name.startswith("cse_") and getattr(model, field.name) is not None
         }
+        if self.cluster_arguments.control is not None:
+            if flags.get("cse_routing", "given") != "given":
+                raise ValueError(
+                    f"cse_routing={flags['cse_routing']!r} is not allowed with a control: it must be 'given'."
+                )
+            flags["cse_routing"] = "given"
         if source is None:
             if model.model_type not in (None, self.family.config_class.model_type):
                 raise ValueError(

@@ -104,15 +104,22 @@ def complete(folder: Path, prompt: str, causal: bool) -> str:
         model = AutoModelForMaskedLM.from_pretrained(folder).eval()
         inputs = tokenizer(f"{prompt} {tokenizer.mask_token} .", return_tensors="pt")
         place = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0, 0]
+        inputs.update(_common_labels(model))
         with torch.no_grad():
             inputs["input_ids"][0, place] = model(**inputs).logits[0, place].argmax()
         return tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     inputs = tokenizer(prompt, return_tensors="pt")
+    inputs.update(_common_labels(model))
     tokens = model.generate(
         **inputs, max_new_tokens=30, do_sample=False, repetition_penalty=1.3, pad_token_id=tokenizer.eos_token_id
     )
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def _common_labels(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A prompt is of no known cluster, which models that are told their clusters want to hear."""
+    return {"cluster_labels": torch.tensor([-1])} if model.config.cse_routing == "given" else {}
 
 
 def _routing_line(routing: dict[str, list[float]]) -> str:

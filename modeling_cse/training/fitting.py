@@ -89,8 +89,8 @@ def _warn_of_poor_agreement(site: Site, module: RoutedModule, fit: LayerFit) -> 
     if module.router.routing == "discriminant" and share is not None and share < POOR_AGREEMENT:
         logger.warning(
             f"{site}: the discriminant gives only {share:.0%} of held-out tokens (of positions 32 to 128, if there "
-            "are any) the cluster of their sequence, so many tokens miss their expert. Fewer clusters (num_clusters), a "
-            "larger sample (sample_size), or a later first fit (warmup) may help."
+            "are any) the cluster of their sequence, so many tokens miss their expert. Fewer clusters (num_clusters), "
+            "a larger sample (sample_size), or a later first fit (warmup) may help."
         )
 
 
