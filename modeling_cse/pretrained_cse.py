@@ -19,6 +19,12 @@ class CSEPreTrainedMixin:
         config.validate_cse_flags()
         super().__init__(config, *args, **kwargs)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # Upstream looks for the decorator in the source of the class, and remembers the answer on it, where subclasses
+        # inherit it: a dense GPT-2 built first in a process would turn grouped products off for this one.
+        return True
+
     def _initialize_weights(self, module, is_custom_code: bool = False):
         # For code from outside its own tree, upstream passes over modules without parameters of their own, and with
         # them over GPT-2's scaled initialisation of the residual projections. All we initialise with respects what

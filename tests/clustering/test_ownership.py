@@ -12,7 +12,9 @@ RADII = np.ones(4, np.float32)
 SHARES = np.array([0.6, 0.2, 0.15, 0.05])
 
 
-def assign(identities=None, centroids=CENTROIDS, shares=SHARES, *, slots: int = 4, share: float = 0.5, patience=3):
+def assign(
+    identities=None, centroids=CENTROIDS, shares=SHARES, *, slots: int = 4, share: float | str = 0.5, patience=3
+):
     identities = Identities.none(6) if identities is None else identities
     radii = np.ones(len(centroids), np.float32)
     return assign_experts(
@@ -35,6 +37,51 @@ def test_long_tail_does_not_ask_for_an_order():
 def test_share_of_one_is_common_in_spite_of_rounding():
     shares = np.full(10, 0.1)
     assert not long_tail(shares / shares.sum(), 1.0).any()
+
+
+# Shares, and how many of them are at or under their elbow.
+ELBOWS = {
+    "one large, several small": ([0.62, 0.1, 0.09, 0.08, 0.06, 0.05], 5),
+    "two large, several small": ([0.45, 0.3, 0.08, 0.07, 0.06, 0.04], 4),
+    "the largest of equally deep ones": ([0.5, 0.125, 0.125, 0.125, 0.125], 4),
+    "a long slope after the drop": ([0.4, 0.22, 0.12, 0.1, 0.08, 0.05, 0.03], 5),
+    "three, the middle one deep": ([0.8, 0.15, 0.05], 2),
+    "three, the middle one high": ([0.5, 0.45, 0.05], 0),
+    "several large, one small": ([0.33, 0.32, 0.3, 0.05], 0),
+    "along a line": ([0.4, 0.3, 0.2, 0.1], 0),
+    "equal": ([0.1] * 10, 0),
+    "two": ([0.9, 0.1], 0),
+    "one": ([1.0], 0),
+}
+
+
+@pytest.mark.parametrize("name", ELBOWS)
+def test_long_tail_begins_at_the_elbow(name):
+    shares, count = ELBOWS[name]
+    expected = np.arange(len(shares)) >= len(shares) - count
+    np.testing.assert_array_equal(long_tail(np.array(shares), "elbow"), expected)
+    order = np.random.default_rng(0).permutation(len(shares))
+    np.testing.assert_array_equal(long_tail(np.array(shares)[order], "elbow"), expected[order])
+
+
+def test_the_elbow_is_furthest_below_the_chord_of_the_sorted_shares():
+    random = np.random.default_rng(0)
+    for count in range(3, 12):
+        shares = np.sort(random.dirichlet(np.full(count, 0.5)))[::-1]
+        chord = [shares[0] + (shares[-1] - shares[0]) * rank / (count - 1) for rank in range(count)]
+        below = [line - share for line, share in zip(chord, shares, strict=True)]
+        expected = count - below.index(max(below)) if max(below) > 1e-6 else 0
+        assert long_tail(shares, "elbow").sum() == expected
+
+
+def test_clusters_of_equal_share_are_on_one_side_of_the_elbow():
+    sizes = np.array([700, 60, 60, 60, 60, 60])
+    assert long_tail(sizes / sizes.sum(), "elbow").tolist() == [False] + [True] * 5
+
+
+def test_experts_go_to_what_is_under_the_elbow():
+    ownership = assign(shares=np.array([0.5, 0.35, 0.08, 0.07]), share="elbow")
+    assert ownership.experts.tolist() == [-1, -1, 0, 1]
 
 
 def test_first_fit_gives_slots_to_the_largest_of_the_tail():

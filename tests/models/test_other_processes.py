@@ -146,3 +146,22 @@ def test_import_costs_little_more_than_the_stock_models(tmp_path):
     """Processor seconds beyond the stock modules, which other work on the machine does not stretch; best of three."""
     costs = [float(python("-c", TIMED, cwd=tmp_path).stdout) for _ in range(3)]
     assert min(costs) < 0.3
+
+
+DENSE_FIRST = """
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=9))
+BertForMaskedLM(BertConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, vocab_size=9))
+from modeling_cse import CSEBertConfig, CSEBertForMaskedLM, CSEGPT2Config, CSEGPT2ForCausalLM
+gpt2 = CSEGPT2ForCausalLM(CSEGPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=9, cse_layers=[0]))
+bert = CSEBertForMaskedLM(
+    CSEBertConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, vocab_size=9, cse_layers=[0])
+)
+for model in (gpt2, bert):
+    assert model.config._experts_implementation == "grouped_mm", model.config._experts_implementation
+"""
+
+
+def test_a_dense_model_that_came_first_does_not_slow_experts_down(tmp_path):
+    """Upstream remembers on the stock class that it has no experts, and a subclass would inherit that."""
+    python("-c", DENSE_FIRST, cwd=tmp_path)
