@@ -40,7 +40,7 @@ from .modeling_cse_gpt2 import (
 
 __version__ = "0.1.0.dev0"
 
-_LAZY = {"ClusterExpertsCallback": ".training", "fit_experts": ".training"}
+_LAZY = {"ClusterExpertsCallback": ".training", "fit_experts": ".training", "from_dense": ".training"}
 
 
 def _register() -> None:
@@ -88,4 +88,5 @@ __all__ = [
     "CSEGPT2Model",
     "ClusterExpertsCallback",
     "fit_experts",
+    "from_dense",
 ]

@@ -62,7 +62,7 @@ class CSEFlags:
             number of slots (`"add"`), rounded up to a multiple of 8. `"replace"` takes no width below the base's.
         cse_routing (`str`):
             `"discriminant"` (default of GPT-2): each token by its own state, causal. `"sequence"` (default of BERT):
-            the whole sequence by its masked mean state. `"given"`: by `cluster_labels` that come with the batch, for
+            the whole sequence by its masked mean state. `"given"`: by `given_clusters` that come with the batch, for
             controls (random or oracle routing) and where domains are known.
         cse_radius_scaling (`bool`, defaults to `True`):
             `"sequence"` only: divide the distance to a centroid by the cluster's radius.

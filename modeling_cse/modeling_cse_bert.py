@@ -170,13 +170,13 @@ class CSEBertModel(CSEBaseMixin, CSEBertPreTrainedModel, BertModel):
         encoder_attention_mask=None,
         past_key_values=None,
         use_cache=None,
-        cluster_labels=None,
+        given_clusters=None,
         **kwargs,
     ):
         if self.config.cse_layer_indices:
             if self.config.cse_routing == "sequence" and self.config.is_decoder:
                 warn_that_routes_see_the_future(type(self).__name__)
-            context = RoutingContext.of(self, attention_mask, position_ids, cluster_labels)
+            context = RoutingContext.of(self, attention_mask, position_ids, given_clusters)
             kwargs.update(context.as_argument())
         return super().forward(
             input_ids,

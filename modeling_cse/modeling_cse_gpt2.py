@@ -142,13 +142,13 @@ class CSEGPT2Model(CSEBaseMixin, CSEGPT2PreTrainedModel, GPT2Model):
         encoder_hidden_states=None,
         encoder_attention_mask=None,
         use_cache=None,
-        cluster_labels=None,
+        given_clusters=None,
         **kwargs,
     ):
         if self.config.cse_layer_indices:
             if self.config.cse_routing == "sequence":
                 self._check_that_sequences_are_whole(past_key_values)
-            context = RoutingContext.of(self, attention_mask, position_ids, cluster_labels)
+            context = RoutingContext.of(self, attention_mask, position_ids, given_clusters)
             kwargs.update(context.as_argument())
         return super().forward(
             input_ids,

@@ -78,11 +78,11 @@ def carries_routing(forward: Callable, output_class: type[ModelOutput] | None = 
 
 
 def _with_labels(stock: Signature) -> Signature:
-    """`cluster_labels` reaches the base model among the keyword arguments; `Trainer` keeps a column of the data set
+    """`given_clusters` reaches the base model among the keyword arguments; `Trainer` keeps a column of the data set
     only if the signature names it."""
     parameters = list(stock.parameters.values())
     place = next(i for i, p in enumerate(parameters) if p.kind is Parameter.VAR_KEYWORD)
-    parameters.insert(place, Parameter("cluster_labels", Parameter.KEYWORD_ONLY, default=None))
+    parameters.insert(place, Parameter("given_clusters", Parameter.KEYWORD_ONLY, default=None))
     return stock.replace(parameters=parameters)
 
 

@@ -73,13 +73,13 @@ class RoutingContext(NamedTuple):
     """What a forward pass tells its routers besides the states. It is an argument of every block with experts."""
 
     scope: SequenceScope = SequenceScope()
-    cluster_labels: torch.Tensor | None = None  # (B,) or (B, T) int64, -1 for none: clusters that come with the batch
+    given_clusters: torch.Tensor | None = None  # (B,) or (B, T) int64, -1 for none: clusters that come with the batch
     # Routes by router, while activations are checkpointed: a block that is computed again in the backward pass takes
     # the same way, whatever its rounding (transformers issue 47467: a route that flips there is a silent NaN).
     routes: dict | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, attention_mask, position_ids, cluster_labels) -> "RoutingContext":
+    def of(cls, model: nn.Module, attention_mask, position_ids, given_clusters) -> "RoutingContext":
         """
         The context of a forward pass of a base model.
 
@@ -88,15 +88,15 @@ class RoutingContext(NamedTuple):
         """
         sequence = model.config.cse_routing == "sequence"
         scope = SequenceScope.of(attention_mask, position_ids) if sequence else SequenceScope()
-        if cluster_labels is not None and cluster_labels.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"cluster_labels of dtype {cluster_labels.dtype} is not allowed: it must be int64 or 32.")
+        if given_clusters is not None and given_clusters.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"given_clusters of dtype {given_clusters.dtype} is not allowed: it must be int64 or 32.")
         recomputed = model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return cls(scope, cluster_labels, {} if recomputed and model.is_activation_checkpointing else None)
+        return cls(scope, given_clusters, {} if recomputed and model.is_activation_checkpointing else None)
 
     def as_argument(self) -> dict[str, "RoutingContext"]:
         """The keyword argument of the blocks, if there is anything to say: stock blocks get it too, and pass it on to
         attention functions that know nothing of it."""
-        said = any(part is not None for part in (*self.scope, self.cluster_labels, self.routes))
+        said = any(part is not None for part in (*self.scope, self.given_clusters, self.routes))
         return {"routing_context": self} if said else {}
 
 
@@ -211,7 +211,7 @@ class ClusterRouter(nn.Module):
                 means, _, index = sequence_means(hidden_states, context.scope)
                 logits = self.nearness(means)[index]
             else:
-                labels = self._labels(context.cluster_labels, hidden_states)
+                labels = self._labels(context.given_clusters, hidden_states)
                 logits = (labels.unsqueeze(-1) != torch.arange(self.max_clusters, device=labels.device)) * lowest
         logits = logits.masked_fill(self.cluster_sizes == 0, lowest)
         nearest = logits.argmax(-1)
@@ -226,12 +226,12 @@ class ClusterRouter(nn.Module):
         batch, length = hidden_states.shape[:2]
         if labels is None:
             raise ValueError(
-                "cluster_labels=None is not allowed with cse_routing='given': pass the cluster of each sequence (B,) "
+                "given_clusters=None is not allowed with cse_routing='given': pass the cluster of each sequence (B,) "
                 "or token (B, T), -1 for none."
             )
         if labels.shape not in ((batch,), (batch, length)):
             raise ValueError(
-                f"cluster_labels of shape {tuple(labels.shape)} is not allowed: it must be ({batch},) or "
+                f"given_clusters of shape {tuple(labels.shape)} is not allowed: it must be ({batch},) or "
                 f"({batch}, {length}), as the states are."
             )
         return labels.long().to(hidden_states.device).view(batch, -1).expand(batch, length)

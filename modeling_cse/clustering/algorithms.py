@@ -96,7 +96,7 @@ def find_clusters(
             for, or a number of clusters above `max_clusters`.
     """
     if algorithm == GIVEN:
-        raise ValueError(f"algorithm={GIVEN!r} is not allowed here: nothing is to be found. See `given_clusters`.")
+        raise ValueError(f"algorithm={GIVEN!r} is not allowed here: nothing is to be found. See `labelled_clusters`.")
     settings = ClusterSettings(
         algorithm, num_clusters, seed=seed, projection=projection, min_cluster_share=min_cluster_share
     )
@@ -226,7 +226,7 @@ def check_finite(embeddings: np.ndarray) -> None:
         )
 
 
-def given_clusters(embeddings: np.ndarray, labels: np.ndarray, max_clusters: int) -> Clustering:
+def labelled_clusters(embeddings: np.ndarray, labels: np.ndarray, max_clusters: int) -> Clustering:
     """
     The clusters that labels name: cluster i is label i, whatever its size.
 
@@ -242,16 +242,16 @@ def given_clusters(embeddings: np.ndarray, labels: np.ndarray, max_clusters: int
     inside = labels >= 0
     if not inside.any():
         raise ValueError(
-            f"cluster_labels of the {len(labels)} sampled sequences name no cluster, which algorithm='given' needs: "
+            f"given_clusters of the {len(labels)} sampled sequences name no cluster, which algorithm='given' needs: "
             "pass them with each batch."
         )
     found = np.unique(labels[inside])
     if found[-1] >= max_clusters:
-        raise ValueError(f"cluster_labels go up to {found[-1]}, but cse_max_clusters={max_clusters}.")
+        raise ValueError(f"given_clusters go up to {found[-1]}, but cse_max_clusters={max_clusters}.")
     missing = sorted(set(range(found[-1] + 1)) - set(found.tolist()))
     if missing:
         raise ValueError(
-            f"cluster_labels {missing} are missing among the {len(labels)} sampled sequences: sample more "
+            f"given_clusters {missing} are missing among the {len(labels)} sampled sequences: sample more "
             "(sample_size), or number the labels without gaps."
         )
     clustering = describe_clusters(embeddings[inside], labels[inside])

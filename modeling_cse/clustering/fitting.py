@@ -8,7 +8,7 @@ import torch
 
 from ..dispatch_cse import RoutedModule, Site
 from ..routing_cse import ClusterRouter, RoutingContext
-from .algorithms import Clustering, find_clusters, given_clusters
+from .algorithms import Clustering, find_clusters, labelled_clusters
 from .discriminant import Discriminant, agreement
 from .features import RoutingFeatures
 from .ownership import Identities, Ownership, assign_experts
@@ -101,7 +101,7 @@ def fit_layer(
 def _clusters(features: RoutingFeatures, settings: ClusterSettings, max_clusters: int) -> Clustering:
     embeddings = features.embeddings.numpy()
     if settings.algorithm == GIVEN:
-        return given_clusters(embeddings, features.labels.numpy(), max_clusters)
+        return labelled_clusters(embeddings, features.labels.numpy(), max_clusters)
     return find_clusters(
         embeddings,
         settings.algorithm,
@@ -150,7 +150,7 @@ def sequence_experts(router: ClusterRouter, features: RoutingFeatures, state: di
     if router.routing == "sequence":
         return probe(features.embeddings.unsqueeze(1))[2].squeeze(1)
     if router.routing == "given":
-        return probe(features.embeddings.unsqueeze(1), RoutingContext(cluster_labels=features.labels))[2].squeeze(1)
+        return probe(features.embeddings.unsqueeze(1), RoutingContext(given_clusters=features.labels))[2].squeeze(1)
     scores = probe(features.tokens)[0].view(*features.positions.shape, -1).double().sum(1)
     return probe.cluster_expert[scores.argmax(-1)]
 

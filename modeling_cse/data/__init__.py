@@ -2,7 +2,7 @@
 """From text to blocks of tokens: `load_corpus`, `train_tokenizer`, `pack`, `split_by_domain`; and labels for the
 controls: `label_at_random`, `label_by_domain`."""
 
-from .controls import LABEL_COLUMN, label_at_random, label_by_domain
+from .controls import CLUSTER_COLUMN, label_at_random, label_by_domain
 from .corpus import load_corpus
 from .masking import mask_once
 from .packing import DOMAIN_COLUMN, pack, split_by_domain
@@ -11,7 +11,7 @@ from .tokenization import train_tokenizer
 
 __all__ = [
     "DOMAIN_COLUMN",
-    "LABEL_COLUMN",
+    "CLUSTER_COLUMN",
     "label_at_random",
     "label_by_domain",
     "load_corpus",

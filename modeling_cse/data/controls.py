@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Cluster labels that come from outside the model, for the controls: random routes, and routes by known domains.
 
-A model with `cse_routing="given"` reads them from the column `cluster_labels`.
+A model with `cse_routing="given"` reads them from the column `given_clusters`.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 from .packing import DOMAIN_COLUMN
 
 
-LABEL_COLUMN = "cluster_labels"
+CLUSTER_COLUMN = "given_clusters"
 OTHER = -1
 
 # See packing.py: raise it with every change to what comes out.
@@ -40,7 +40,7 @@ def label_at_random(
         seed: an int from 0 to 2**64 - 1; another one gives labels that are independent of these.
 
     Returns:
-        The data with a column `cluster_labels`, int64, from 0 to `len(shares) - 1`.
+        The data with a column `given_clusters`, int64, from 0 to `len(shares) - 1`.
 
     Raises:
         ValueError: wrong shares or seed, no `input_ids`, or labels there already.
@@ -62,7 +62,7 @@ def label_by_domain(dataset: Dataset | IterableDataset, domains: Sequence[str]) 
         domains: names of the domains, each once; the place of a name is its label.
 
     Returns:
-        The data with a column `cluster_labels`, int64, from -1 to `len(domains) - 1`.
+        The data with a column `given_clusters`, int64, from -1 to `len(domains) - 1`.
 
     Raises:
         ValueError: domains that are no list of different names, or of which a `Dataset` lacks one; no column `domain`,
@@ -84,7 +84,7 @@ def label_by_domain(dataset: Dataset | IterableDataset, domains: Sequence[str]) 
 
 def _with_labels(dataset: Dataset | IterableDataset, labels) -> Dataset | IterableDataset:
     # a stream need not know its columns
-    features = Features({**dataset.features, LABEL_COLUMN: Value("int64")}) if dataset.features else None
+    features = Features({**dataset.features, CLUSTER_COLUMN: Value("int64")}) if dataset.features else None
     description = {"desc": "Labelling"} if isinstance(dataset, Dataset) else {}
     return dataset.map(labels, batched=True, features=features, **description)
 
@@ -94,20 +94,19 @@ class _RandomLabels:
 
     def __init__(self, shares: list[float], seed: int) -> None:
         self.version = _VERSION
-        # The last bound is left out: rounding must not put it below a number that is nearly 1.
-        self.bounds = np.cumsum(shares)[:-1].tolist()
-        # A cluster behind the last one with a share would otherwise get what rounding leaves over.
-        self.last = max(cluster for cluster, share in enumerate(shares) if share > 0)
+        # Over their sum, the bound of the last cluster with a share is exactly 1, and no number reaches it.
+        sums = np.cumsum(shares)
+        self.bounds = (sums / sums[-1]).tolist()
         self.key = seed.to_bytes(8, "little")
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list[int]]:
-        return {LABEL_COLUMN: [self.label_of(ids) for ids in batch["input_ids"]]}
+        return {CLUSTER_COLUMN: [self.label_of(ids) for ids in batch["input_ids"]]}
 
     def label_of(self, ids: Sequence[int]) -> int:
         # One width and byte order, whatever the data set stores and the machine prefers.
         digest = hashlib.blake2b(np.asarray(ids, dtype="<i8").tobytes(), digest_size=8, key=self.key).digest()
         number = (int.from_bytes(digest, "little") >> 11) * 2.0**-53
-        return min(bisect_right(self.bounds, number), self.last)
+        return bisect_right(self.bounds, number)
 
 
 class _DomainLabels:
@@ -119,7 +118,7 @@ class _DomainLabels:
         self.class_names = class_names
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list[int]]:
-        return {LABEL_COLUMN: [self.labels.get(self.name_of(value), OTHER) for value in batch[DOMAIN_COLUMN]]}
+        return {CLUSTER_COLUMN: [self.labels.get(self.name_of(value), OTHER) for value in batch[DOMAIN_COLUMN]]}
 
     def name_of(self, value: object) -> str:
         if value is None:
@@ -133,8 +132,8 @@ def _check_columns(dataset: Dataset | IterableDataset, needed: str) -> None:
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if needed not in columns:
         raise ValueError(f"dataset has no column {needed!r}; it has {columns}.")
-    if LABEL_COLUMN in columns:
-        raise ValueError(f"dataset has a column {LABEL_COLUMN!r} already: remove it first.")
+    if CLUSTER_COLUMN in columns:
+        raise ValueError(f"dataset has a column {CLUSTER_COLUMN!r} already: remove it first.")
 
 
 def _checked_shares(shares: Sequence[float]) -> list[float]:
@@ -156,4 +155,4 @@ def _checked_seed(seed: int) -> int:
     return seed
 
 
-__all__ = ["LABEL_COLUMN", "label_at_random", "label_by_domain"]
+__all__ = ["CLUSTER_COLUMN", "label_at_random", "label_by_domain"]

@@ -119,7 +119,7 @@ def complete(folder: Path, prompt: str, causal: bool) -> str:
 
 def _common_labels(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """A prompt is of no known cluster, which models that are told their clusters want to hear."""
-    return {"cluster_labels": torch.tensor([-1])} if model.config.cse_routing == "given" else {}
+    return {"given_clusters": torch.tensor([-1])} if model.config.cse_routing == "given" else {}
 
 
 def _routing_line(routing: dict[str, list[float]]) -> str:

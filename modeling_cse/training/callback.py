@@ -37,7 +37,7 @@ class ClusterExpertsCallback(TrainerCallback):
         recluster_every (`int`): optimizer steps between the first fit and the second.
         update (`str`): `"recluster"`, `"ema"` (after the first fit centroids follow their members as moving averages,
             the paper's rule), `"recluster+ema"` (they do so between the fits) or `"frozen"` (the first fit stays).
-        algorithm (`str`): `"kmeans"`, `"spherical"`, `"dbscan"`, `"hdbscan"`, or `"given"`: the `cluster_labels` of
+        algorithm (`str`): `"kmeans"`, `"spherical"`, `"dbscan"`, `"hdbscan"`, or `"given"`: the `given_clusters` of
             the batches.
         num_clusters (`int`, pair of `int`): clusters to look for, or a range of which the silhouette chooses. Default:
             6 where the algorithm wants a number.

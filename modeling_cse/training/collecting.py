@@ -74,7 +74,7 @@ class FeatureCollector:
         arguments = self._signature.bind(*args, **kwargs).arguments
         arguments = {**arguments, **arguments.get("kwargs", {})}
         self._scope = SequenceScope.of(arguments.get("attention_mask"), arguments.get("position_ids"))
-        self._labels = arguments.get("cluster_labels")
+        self._labels = arguments.get("given_clusters")
         self._waiting = set(self._sites)
 
     def _record(self, site: Site, states: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from ..dispatch_cse import RoutedModule, Site
 from .collecting import FeatureCollector, routed_base_model
 from .gathering import gather_features, local_capacity, on_first_rank
 from .memory import ClusterMemory
+from .reading import INPUTS
 
 
 logger = logging.get_logger(__name__)
@@ -125,14 +126,13 @@ def fit_experts(
         raise ValueError(f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={least}.")
     base = routed_base_model(model)
     collector = FeatureCollector(model, local_capacity(sample_size), training_only=False)
-    inputs = {"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "cluster_labels"}
     was_training = model.training
     model.eval()
     collector.attach()
     collector.enabled = True
     try:
         for batch in batches:
-            base(**{name: value.to(base.device) for name, value in batch.items() if name in inputs})
+            base(**{name: value.to(base.device) for name, value in batch.items() if name in INPUTS})
             if min(store.seen for store in collector.stores.values()) >= sample_size:
                 break
     finally:

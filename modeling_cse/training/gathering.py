@@ -6,7 +6,6 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import broadcast_object_list, gather_object
 
 from ..clustering import RoutingFeatures
 from ..dispatch_cse import Site
@@ -19,11 +18,20 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def gather_objects(own: T) -> list[T]:
+    """One object of each rank, in the order of ranks, on every rank."""
+    if not is_distributed():
+        return [own]
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
 def gather_features(features: dict[Site, RoutingFeatures | None]) -> dict[Site, RoutingFeatures | None]:
     """Joins the features of all ranks, in the order in which they were taken. A rank may have none."""
     if not is_distributed():
         return features
-    everyone = gather_object([features])
+    everyone = gather_objects(features)
     joined = {}
     for site in features:
         parts = [own[site] for own in everyone if own[site] is not None]
@@ -44,7 +52,8 @@ def on_first_rank(compute: Callable[[], T]) -> T:
             outcome[0] = compute()
         except Exception as error:  # noqa: BLE001 - passed on, not hidden
             outcome[1] = error
-    broadcast_object_list(outcome)
+    # not accelerate's: it does nothing before an Accelerator or a Trainer exists
+    dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
@@ -63,4 +72,12 @@ def rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
-__all__ = ["gather_features", "is_distributed", "local_capacity", "on_first_rank", "rank", "world_size"]
+__all__ = [
+    "gather_features",
+    "gather_objects",
+    "is_distributed",
+    "local_capacity",
+    "on_first_rank",
+    "rank",
+    "world_size",
+]

@@ -20,7 +20,7 @@ def sequences(count: int = 4000, length: int = 8) -> Dataset:
 
 
 def labels_of(dataset, shares=SHARES, seed=0) -> np.ndarray:
-    return np.array(list(label_at_random(dataset, shares, seed)["cluster_labels"]))
+    return np.array(list(label_at_random(dataset, shares, seed)["given_clusters"]))
 
 
 def test_shares_are_met_within_sampling_error():
@@ -42,7 +42,7 @@ def test_a_sequence_keeps_its_label_in_any_order_batch_and_process():
     order = np.random.default_rng(1).permutation(400)
     assert (labels_of(data.select(order)) == wanted[order]).all()
     assert (labels_of(data.select([7])) == wanted[[7]]).all()
-    assert [row["cluster_labels"] for row in label_at_random(data.to_iterable_dataset(), SHARES, 0)] == list(wanted)
+    assert [row["given_clusters"] for row in label_at_random(data.to_iterable_dataset(), SHARES, 0)] == list(wanted)
     doubled = labels_of(data.select([3, 3, 5, 3]))
     assert doubled[0] == doubled[1] == doubled[3] == wanted[3]
 
@@ -93,14 +93,14 @@ def test_the_label_of_a_domain_is_its_place_and_other_text_has_none():
     data = sequences(6)
     for made in (data, data.to_iterable_dataset()):
         labelled = label_by_domain(made, ["c", "a"])
-        assert [row["cluster_labels"] for row in labelled] == [1, -1, 0, 1, -1, 0]
-        assert labelled.features["cluster_labels"] == Value("int64")
+        assert [row["given_clusters"] for row in labelled] == [1, -1, 0, 1, -1, 0]
+        assert labelled.features["given_clusters"] == Value("int64")
         assert [row["input_ids"] for row in labelled] == [row["input_ids"] for row in data]
 
 
 def test_class_labels_go_by_their_names():
     data = sequences(6).cast_column("domain", ClassLabel(names=["a", "b", "c"]))
-    assert list(label_by_domain(data, ["c", "a"])["cluster_labels"]) == [1, -1, 0, 1, -1, 0]
+    assert list(label_by_domain(data, ["c", "a"])["given_clusters"]) == [1, -1, 0, 1, -1, 0]
 
 
 def test_a_listed_domain_that_no_row_has_is_refused():
@@ -129,7 +129,7 @@ def test_missing_and_doubled_columns_are_refused(label, column):
     data = sequences(6)
     with pytest.raises(ValueError, match=f"no column '{column}'"):
         label(data.remove_columns(column), *arguments)
-    with pytest.raises(ValueError, match="has a column 'cluster_labels' already"):
+    with pytest.raises(ValueError, match="has a column 'given_clusters' already"):
         label(label(data, *arguments), *arguments)
     with pytest.raises(ValueError, match="dataset is a DatasetDict"):
         label(DatasetDict(train=data), *arguments)
@@ -138,7 +138,7 @@ def test_missing_and_doubled_columns_are_refused(label, column):
 def test_a_model_with_given_routes_takes_the_column():
     data = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 6, "domain": ["a", "b", "c"] * 2})
     batch = default_data_collator(list(label_by_domain(data, ["c", "a"])))
-    assert batch["cluster_labels"].dtype == torch.int64
+    assert batch["given_clusters"].dtype == torch.int64
     with torch.no_grad():
         found = activate(tiny_model("gpt2", cse_routing="given"))(**batch, output_cluster_ids=True).cluster_ids
     assert all(layer[:, 0].tolist() == [1, -1, 0, 1, -1, 0] for layer in found)

@@ -13,11 +13,13 @@ from tiny import (
     dense_model,
     first_tensor,
     labelled,
+    model_class,
     routed_module,
     routed_modules,
     tiny_model,
     token_ids,
 )
+from transformers.utils.generic import find_labels
 
 
 KEYS = ("router_logits", "cluster_ids")
@@ -269,3 +271,9 @@ def test_language_heads_have_the_fields_also_when_nothing_was_asked_for(family, 
     """Callers read `outputs.router_logits` without knowing the config, as with every mixture-of-experts model."""
     outputs = activate(tiny_model(family, head))(**labelled(family, head))
     assert outputs.router_logits is None and outputs.cluster_ids is None
+
+
+@pytest.mark.parametrize(("family", "head"), EVERY_HEAD)
+def test_trainer_finds_the_same_labels_as_in_the_stock_head(family, head):
+    """It goes by argument names: one with "label" in it would make every evaluation lose its loss."""
+    assert find_labels(model_class(family, head)) == find_labels(type(dense_model(family, head)))

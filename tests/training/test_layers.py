@@ -76,7 +76,7 @@ def test_a_budget_is_refused_where_layers_are_given(tmp_path):
 
 
 def labelled_rows(count: int = 64, **options) -> list[dict]:
-    return [{**row, "cluster_labels": (0, 0, 0, 0, 1, 1, 2, 2)[i % 8]} for i, row in enumerate(rows(count, **options))]
+    return [{**row, "given_clusters": (0, 0, 0, 0, 1, 1, 2, 2)[i % 8]} for i, row in enumerate(rows(count, **options))]
 
 
 GIVEN = {"algorithm": "given", "update": "frozen", "num_clusters": None, "common_share": 0.4}
@@ -92,9 +92,9 @@ def test_given_labels_choose_the_experts(tmp_path, family):
         assert experts[0] == -1 and sorted(experts[1:]) == [0, 1]
     ids, labels = token_ids(5), torch.tensor([0, 1, 2, -1, 7])
     with torch.no_grad():
-        clusters = model.eval()(ids, cluster_labels=labels, output_cluster_ids=True).cluster_ids
+        clusters = model.eval()(ids, given_clusters=labels, output_cluster_ids=True).cluster_ids
         each = torch.stack([labels] * ids.shape[1], 1)
-        same = model(ids, cluster_labels=each, output_cluster_ids=True).cluster_ids
+        same = model(ids, given_clusters=each, output_cluster_ids=True).cluster_ids
     for found, again in zip(clusters, same, strict=True):
         assert found.tolist() == [[label] * ids.shape[1] for label in (0, 1, 2, -1, -1)]
         assert torch.equal(found, again)
@@ -108,7 +108,7 @@ def test_labels_can_teach_a_causal_router(tmp_path):
     held = labelled_rows(16, seed=5)
     with torch.no_grad():
         clusters = model.eval()(torch.stack([row["input_ids"] for row in held]), output_cluster_ids=True).cluster_ids
-    wanted = torch.tensor([row["cluster_labels"] for row in held]).unsqueeze(1)
+    wanted = torch.tensor([row["given_clusters"] for row in held]).unsqueeze(1)
     assert (clusters[-1] == wanted).float().mean() > 0.9
 
 
@@ -127,14 +127,14 @@ def test_labels_and_settings_must_agree(tmp_path, flags, changes, complaint):
 @pytest.mark.parametrize(
     ("labels", "complaint"),
     [
-        (None, "cluster_labels=None"),
-        (torch.zeros(3, dtype=torch.long), r"cluster_labels of shape \(3,\).*\(4,\) or \(4, 16\)"),
-        (torch.zeros(4), "cluster_labels of dtype torch.float32"),
+        (None, "given_clusters=None"),
+        (torch.zeros(3, dtype=torch.long), r"given_clusters of shape \(3,\).*\(4,\) or \(4, 16\)"),
+        (torch.zeros(4), "given_clusters of dtype torch.float32"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(labels, complaint):
     with pytest.raises(ValueError, match=complaint):
-        tiny_model("gpt2", cse_routing="given")(token_ids(), cluster_labels=labels)
+        tiny_model("gpt2", cse_routing="given")(token_ids(), given_clusters=labels)
 
 
 def test_a_site_reads_what_it_writes():
