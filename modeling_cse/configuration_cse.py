@@ -109,8 +109,12 @@ class CSEFlags:
 
     def _require_subset(self, flag: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, flag)
-        if not isinstance(value, list | tuple) or not value or not all(item in allowed for item in value):
-            raise ValueError(f"{flag}={value!r} is not allowed: it must be a non-empty list out of {list(allowed)}.")
+        items = value if isinstance(value, list | tuple) else []
+        if not items or not all(item in allowed for item in items) or len(set(items)) != len(items):
+            raise ValueError(
+                f"{flag}={value!r} is not allowed: it must be a non-empty list out of {list(allowed)}, each at most "
+                "once."
+            )
 
     def _validate_widths(self) -> None:
         size, base = self.cse_expert_size, self.base_ffn_size

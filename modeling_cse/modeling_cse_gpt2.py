@@ -190,6 +190,11 @@ class CSEGPT2ForCausalLM(CSEGPT2PreTrainedModel, GPT2LMHeadModel, GenerationMixi
 
     def generate_batch(self, *args, **kwargs):
         self._refuse_sequence_routes("generate_batch")
+        if self.config.cse_routing == "given" and self.config.cse_layer_indices:
+            raise ValueError(
+                "generate_batch() is not possible with cse_routing='given': it hands on no given_clusters. Use "
+                "generate(..., given_clusters=...)."
+            )
         return super().generate_batch(*args, **kwargs)
 
     def _refuse_sequence_routes(self, method: str) -> None:

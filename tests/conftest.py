@@ -37,3 +37,8 @@ def combine(request):
 @pytest.fixture(params=["discriminant", "sequence"])
 def routing(request):
     return request.param
+
+
+@pytest.fixture(params=[["ffn"], ["attention"], ["attention", "ffn"]], ids="+".join)
+def modules(request):
+    return request.param

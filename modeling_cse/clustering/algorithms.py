@@ -202,16 +202,17 @@ def _exponent(values: np.ndarray) -> int:
 def _check_counts(settings: ClusterSettings, sequences: int, max_clusters: int | None) -> None:
     """Whether so many clusters can be had of so many sequences, and can be held."""
     low, high = settings.cluster_range or (1, 1)
+    asked = low if low == high else (low, high)
     if max_clusters is not None and high > max_clusters:
         raise ValueError(
-            f"num_clusters={settings.num_clusters} is more than cse_max_clusters={max_clusters}, which this model's "
+            f"num_clusters={asked} is more than cse_max_clusters={max_clusters}, which this model's "
             "routers can hold."
         )
     if sequences == 0:
         raise ValueError("embeddings hold 0 sequences: there is nothing to cluster.")
     if sequences < low:
         raise ValueError(
-            f"num_clusters={settings.num_clusters} is more than the {sequences} sequences that were sampled: ask for "
+            f"num_clusters={asked} is more than the {sequences} sequences that were sampled: ask for "
             "fewer clusters, or sample more sequences (sample_size, a later end of warm-up)."
         )
 

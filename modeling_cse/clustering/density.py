@@ -22,8 +22,8 @@ def density_labels(points: np.ndarray, algorithm: str, smallest_share: float) ->
 
     With no more than `MIN_SAMPLES` points nothing can be told about density, and all of them are noise.
 
-    HDBSCAN looks for neighbours in a tree, whose cost grows with d: seconds for 2,048 points of 128 dimensions, twenty
-    of 768. With the projection it is half a second.
+    HDBSCAN looks for neighbours in a tree, whose cost grows with d: 0.4 s for 2,048 points of 32 dimensions, 8 s of
+    768 (one core).
 
     Args:
         points: (N, d) floats whose squares do not overflow.

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from ..routing_cse import SequenceScope, sequence_means
@@ -45,7 +46,7 @@ class RoutingFeatures:
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RoutingFeatures":
         return RoutingFeatures(**{name: change(tensor) for name, tensor in vars(self).items()})
 
-    def detrended(self) -> "RoutingFeatures":
+    def detrended(self, labels: np.ndarray | None = None) -> "RoutingFeatures":
         """
         The same sample as if all of it had been taken at its end.
 
@@ -53,12 +54,24 @@ class RoutingFeatures:
         steps would be clusters of time. The mean state is followed by a cubic in the order of the sequences (four
         numbers a dimension, far too few to follow the texts), and every state is moved along it to the end of the
         sample. That asks for shuffled data: a corpus sorted by domain drifts because of its domains.
+
+        Args:
+            labels: (N,) int64, the cluster of each sequence if known, -1 for none. The cubic is then fitted beside one
+                mean a cluster: otherwise the texts that happened to come last count as drift, and small samples are
+                shifted by up to a quarter of the distance between domains (benchmarks/cluster_quality.py).
         """
         if len(self) < 2 * DRIFT_DEGREE:
             return self
         time = torch.linspace(-1.0, 1.0, len(self), dtype=torch.float64)
-        basis, _ = torch.linalg.qr(torch.stack([time**power for power in range(DRIFT_DEGREE + 1)], dim=1))
-        drift = basis @ (basis.T @ self.embeddings.double())
+        powers = torch.stack([time**power for power in range(1, DRIFT_DEGREE + 1)], dim=1)
+        if labels is None:
+            groups = torch.zeros(len(self), dtype=torch.int64)
+        else:
+            groups = torch.from_numpy(np.unique(labels, return_inverse=True)[1])
+        means = torch.nn.functional.one_hot(groups).double()
+        basis = torch.cat([powers, means], dim=1)
+        fitted = torch.linalg.lstsq(basis, self.embeddings.double(), driver="gelsd").solution
+        drift = powers @ fitted[:DRIFT_DEGREE]
         shift = (drift[-1] - drift).float()
         return replace(self, embeddings=self.embeddings + shift, tokens=self.tokens + shift.unsqueeze(1))
 

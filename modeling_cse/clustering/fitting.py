@@ -8,7 +8,7 @@ import torch
 
 from ..dispatch_cse import RoutedModule, Site
 from ..routing_cse import ClusterRouter, RoutingContext
-from .algorithms import Clustering, find_clusters, labelled_clusters
+from .algorithms import Clustering, check_finite, find_clusters, labelled_clusters
 from .discriminant import Discriminant, agreement
 from .features import RoutingFeatures
 from .ownership import Identities, Ownership, assign_experts
@@ -56,13 +56,22 @@ def fit_layer(
     settings: ClusterSettings,
     identities: Identities,
     num_experts: int,
+    drifting: bool = False,
 ) -> LayerFit:
     """
     Finds clusters, matches them to the old ones, gives out experts and fits the discriminant. Writes nothing.
 
+    Args:
+        drifting: the features were taken while the model trained, oldest first (`RoutingFeatures.detrended`). Clusters
+            are then found twice: those found first tell drift and texts apart.
+
     Raises:
         ValueError: see `find_clusters`.
     """
+    if drifting:
+        check_finite(features.embeddings.numpy())
+        first = _clusters(features.detrended(), settings, router.max_clusters)
+        features = features.detrended(first.labels)
     clustering = _clusters(features, settings, router.max_clusters)
     ownership = assign_experts(
         identities,
@@ -144,7 +153,7 @@ def _routing_metrics(router: ClusterRouter, fit: LayerFit, features: RoutingFeat
 
 def sequence_experts(router: ClusterRouter, features: RoutingFeatures, state: dict[str, torch.Tensor]) -> torch.Tensor:
     """The expert of each sampled sequence (N,) under a routing state, read the way the router reads it: by the
-    summed scores of its tokens, by its embedding, or by its label."""
+    scores of its tokens together, by its embedding, or by its label."""
     probe = ClusterRouter(router.config)
     probe.write(**{name: rows.cpu() for name, rows in state.items()})
     if router.routing == "sequence":
@@ -152,6 +161,9 @@ def sequence_experts(router: ClusterRouter, features: RoutingFeatures, state: di
     if router.routing == "given":
         return probe(features.embeddings.unsqueeze(1), RoutingContext(given_clusters=features.labels))[2].squeeze(1)
     scores = probe(features.tokens)[0].view(*features.positions.shape, -1).double().sum(1)
+    # the score of every token holds the prior of the cluster, which counts once for the sequence
+    priors = (probe.cluster_sizes / probe.cluster_sizes.sum().clamp_min(1)).double().clamp_min(1e-12).log()
+    scores = scores - (features.positions.shape[1] - 1) * priors
     return probe.cluster_expert[scores.argmax(-1)]
 
 

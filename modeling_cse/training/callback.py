@@ -16,6 +16,7 @@ from .gathering import gather_features, local_capacity, rank, world_size
 from .memory import ClusterMemory, file_name, load_state, save_state
 from .moments import IdleSlots, start_moments
 from .schedule import FitSchedule
+from .warmup import AutomaticWarmup
 
 
 logger = logging.get_logger(__name__)
@@ -33,7 +34,9 @@ class ClusterExpertsCallback(TrainerCallback):
     found again, matched to the old ones so that an expert keeps its domain.
 
     Args:
-        warmup (`int` or `float`): dense steps, or share of training (below 1). 0 only if the model has clusters.
+        warmup (`int`, `float` or `"auto"`): dense steps, or share of training (below 1); 0 only if the model has
+            clusters. `"auto"`: until the gradient consistency of rare sequences has passed its peak
+            (`training.consistency`), at the latest at 30 % of training.
         recluster_every (`int`): optimizer steps between the first fit and the second.
         update (`str`): `"recluster"`, `"ema"` (after the first fit centroids follow their members as moving averages,
             the paper's rule), `"recluster+ema"` (they do so between the fits) or `"frozen"` (the first fit stays).
@@ -54,7 +57,8 @@ class ClusterExpertsCallback(TrainerCallback):
             clarity at the end of the warm-up. Default 2. The others become stock layers when training ends.
 
     Metrics go to `state.log_history`, and with `callback.attach(trainer)` through `Trainer.log` to every integration:
-    `cse/layer_<i>/<module>/{clusters, experts, share_routed, churn, clarity, agreement, unserved}` and `cse/seconds`.
+    `cse/layer_<i>/<module>/{clusters, experts, share_routed, churn, clarity, agreement, unserved}`, `cse/seconds`, and
+    `cse/gradient_consistency` during an automatic warm-up.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self.ema_decay = EMA_DECAY if ema_decay is None else ema_decay
         self.memory = ClusterMemory()
         self.idle = IdleSlots()
+        self.automatic: AutomaticWarmup | None = None
         self.trainer: Trainer | None = None
         self.collector: FeatureCollector | None = None
 
@@ -108,6 +113,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model, optimizer=None, **kwargs
     ):
         self.detach()
+        self.automatic = None
         self.base = routed_base_model(model)
         self._check_model()
         step = args.train_batch_size * args.gradient_accumulation_steps
@@ -116,8 +122,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self.memory = ClusterMemory()
         if state.global_step > 0:
             self._resume(args, state)
-        self.first_fit = self.schedule.first_fit(state.max_steps)
-        self._check_warmup(state.max_steps)
+        self._begin_warmup(args, state, kwargs.get("processing_class"))
         if self.trainer is None and args.report_to:
             logger.warning(
                 f"report_to={args.report_to}: cluster metrics are only in the trainer state. Use "
@@ -127,11 +132,12 @@ class ClusterExpertsCallback(TrainerCallback):
         self.idle.take(self._modules(), optimizer)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.automatic is not None:
+            self.automatic.begin(state.global_step)
         # Features drift while the model trains, so a fit sees the last batches before it and no older ones.
-        sequences = args.train_batch_size * args.gradient_accumulation_steps * world_size()
-        window = math.ceil(self.sample_size / sequences)
-        fit = self.schedule.next_fit(self.first_fit, state.global_step, state.max_steps)
-        self.collector.enabled = self._moves() or (fit is not None and fit - state.global_step <= window)
+        fit = self._next_fit(state.global_step, state.max_steps)
+        near = fit is not None and fit - state.global_step <= self._collecting_steps(args)
+        self.collector.enabled = self._moves() or near
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.idle.restore()
@@ -139,14 +145,22 @@ class ClusterExpertsCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model, optimizer, **kwargs
     ):
-        if self.schedule.next_fit(self.first_fit, state.global_step - 1, state.max_steps) == state.global_step:
+        if self.automatic is not None:
+            metrics = self.automatic.end(state.global_step)
+            if metrics:
+                self._log(state, control, metrics)
+        if self._next_fit(state.global_step - 1, state.max_steps) == state.global_step:
             self._log(state, control, self._fit(optimizer))
+            following = self._next_fit(state.global_step, state.max_steps)
+            if following is None or following - state.global_step >= self._collecting_steps(args):
+                self.collector.clear()  # the next fit has a sample of its own
         elif self._moves():
             self._move()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
+            self.memory.warmup = {} if self.automatic is None else self.automatic.state()
             save_state(folder, rank(), state.global_step, self.memory, self.collector.stores)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -193,6 +207,35 @@ class ClusterExpertsCallback(TrainerCallback):
                 "must be 'frozen'."
             )
 
+    @property
+    def first_fit(self) -> int | None:
+        """The step of the first fit; None while an automatic warm-up goes on."""
+        return self._first_fit if self.automatic is None else self.automatic.first_fit
+
+    def _next_fit(self, step: int, max_steps: int) -> int | None:
+        return None if self.first_fit is None else self.schedule.next_fit(self.first_fit, step, max_steps)
+
+    def _collecting_steps(self, args: TrainingArguments) -> int:
+        return math.ceil(self.sample_size / (args.train_batch_size * args.gradient_accumulation_steps * world_size()))
+
+    def _begin_warmup(self, args: TrainingArguments, state: TrainerState, tokenizer) -> None:
+        if self.schedule.warmup != "auto":
+            self._first_fit = self.schedule.first_fit(state.max_steps)
+            self._check_warmup(state.max_steps)
+            return
+        if any(module.router.num_clusters for module in self._modules()) and not self.memory.warmup:
+            raise ValueError("warmup='auto' is not allowed for a model that has clusters: use warmup=0.")
+        self.automatic = AutomaticWarmup(
+            self.base,
+            state.max_steps,
+            args.train_batch_size * args.gradient_accumulation_steps * world_size(),
+            self._collecting_steps(args),
+            getattr(tokenizer, "all_special_ids", ()),
+        )
+        if self.memory.warmup:
+            self.automatic.load(self.memory.warmup)
+        self.automatic.attach()
+
     def _check_warmup(self, max_steps: int) -> None:
         warmup, clustered = self.schedule.warmup, any(module.router.num_clusters for module in self._modules())
         if self.first_fit >= max_steps:
@@ -212,16 +255,16 @@ class ClusterExpertsCallback(TrainerCallback):
         """Takes the hooks off the model."""
         if self.collector is not None:
             self.collector.detach()
+        if self.automatic is not None:
+            self.automatic.detach()
 
     def _fit(self, optimizer: Optimizer) -> dict[str, float]:
         sites = self._sites()
         first = not any(module.router.num_clusters for module in self._modules())
         features = gather_features({site: self.collector.stores[site].all() for site in sites})
-        self.collector.clear()
-        features = {site: part and part.detrended() for site, part in features.items()}
         auto = self.base.config.cse_layers == "auto" and first
         budget = (self.layer_budget or LAYER_BUDGET) if auto else None
-        metrics, filled = fit_layers(self.base, features, self.settings, self.memory, layer_budget=budget)
+        metrics, filled = fit_layers(self.base, features, self.settings, self.memory, budget, drifting=True)
         modules = self.base.routed_modules()
         for site, slots in filled.items():
             start_moments(optimizer, modules[site], slots)

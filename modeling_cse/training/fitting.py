@@ -30,6 +30,7 @@ def fit_layers(
     settings: ClusterSettings,
     memory: ClusterMemory,
     layer_budget: int | None = None,
+    drifting: bool = False,
 ) -> tuple[dict[str, float], dict[Site, list[int]]]:
     """
     Fits every site on features that all ranks share, and writes nothing unless all of them succeed.
@@ -40,6 +41,7 @@ def fit_layers(
         settings: how clusters are found and kept.
         memory: of the fits before; written.
         layer_budget: write only the fits of so many layers, those with the largest cluster clarity. None: of all.
+        drifting: see `fit_layer`.
 
     Returns:
         Metrics by name, and the expert slots that changed hands, by site.
@@ -57,7 +59,7 @@ def fit_layers(
                 raise ValueError(f"no sequence reached the router of {site}: there is nothing to cluster.")
             router, experts = modules[site].router, modules[site].experts
             identities = memory.identities.get(site) or identities_of(router)
-            fits[site] = fit_layer(router, sample, settings, identities, experts.num_experts)
+            fits[site] = fit_layer(router, sample, settings, identities, experts.num_experts, drifting)
         return fits
 
     fits = on_first_rank(compute)

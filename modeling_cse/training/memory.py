@@ -26,15 +26,17 @@ class ClusterMemory:
         fits: fits so far.
         identities: by site, which clusters own which expert.
         discriminants: by site; kept where centroids move between fits.
+        warmup: of an automatic warm-up (`AutomaticWarmup.state`).
     """
 
     fits: int = 0
     identities: dict[Site, Identities] = field(default_factory=dict)
     discriminants: dict[Site, Discriminant] = field(default_factory=dict)
+    warmup: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything but the number of fits, as named tensors."""
-        named = {}
+        named = {f"warmup.{name}": tensor.contiguous() for name, tensor in self.warmup.items()}
         for kind, members in (("identities", self.identities), ("discriminants", self.discriminants)):
             for site, member in members.items():
                 for name, array in vars(member).items():
@@ -42,6 +44,8 @@ class ClusterMemory:
         return named
 
     def load(self, named: dict[str, torch.Tensor]) -> None:
+        """Takes up what `tensors` gave."""
+        self.warmup = {name.removeprefix("warmup."): t for name, t in named.items() if name.startswith("warmup.")}
         for kind, member_class, members in (
             ("identities", Identities, self.identities),
             ("discriminants", Discriminant, self.discriminants),

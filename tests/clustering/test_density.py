@@ -65,6 +65,22 @@ def test_the_default_share_is_two_percent_and_five_points_at_the_least(algorithm
 
 
 @both
+@pytest.mark.parametrize("seed", range(5))
+def test_regions_of_equal_points_are_not_torn_by_rounding(algorithm, seed):
+    random = np.random.default_rng(seed)
+    points = random.random((3, 131)).astype(np.float32).repeat(37, axis=0)[random.permutation(111)]
+    found = find_clusters(points, algorithm, None, 0, projection=None)
+    assert found.sizes.tolist() == [37, 37, 37] and found.noise == 0
+
+
+@both
+def test_a_component_that_all_share_hides_nothing(algorithm):
+    points, labels = islands([60, 50, 40])
+    points = np.concatenate([np.full((150, 12), 1e5), 1e-3 * points], axis=1).astype(np.float32)
+    assert adjusted_rand_score(labels, find_clusters(points, algorithm, None, 0).labels) == 1
+
+
+@both
 def test_only_noise_is_one_cluster_of_all(algorithm):
     points, _ = islands([60, 50])
     found = find_clusters(points, algorithm, None, 0, min_cluster_share=0.9)

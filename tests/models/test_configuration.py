@@ -2,6 +2,7 @@
 """Promises of the flags: wrong values are refused by name, right ones survive saving, defaults are the paper's."""
 
 import copy
+from itertools import product
 
 import pytest
 from tiny import CONFIGS, model_class, tiny_config, tiny_model
@@ -22,11 +23,15 @@ WRONG = [
     ("cse_modules", None, "ffn"),
     ("cse_modules", ["ffn", "embedding"], "ffn"),
     ("cse_modules", [["ffn"]], "ffn"),
+    ("cse_modules", ["attention", "head"], "'attention', 'ffn'"),
+    ("cse_modules", {"attention": "ffn"}, "'attention', 'ffn'"),
+    ("cse_modules", ["ffn", "ffn"], "at most once"),
     ("cse_combine", "sum", "'replace', 'add'"),
     ("cse_combine", ["add"], "'replace', 'add'"),
     ("cse_combine", None, "'replace', 'add'"),
     ("cse_routing", "prefix", "'discriminant', 'sequence'"),
     ("cse_routing", None, "'discriminant', 'sequence'"),
+    ("cse_routing", ["given"], "'sequence', 'given'"),
     ("cse_num_experts", 0, "int >= 1"),
     ("cse_num_experts", -2, "int >= 1"),
     ("cse_num_experts", 2.0, "int >= 1"),
@@ -51,7 +56,7 @@ WRONG = [
 ]
 CHANGED = {
     "cse_layers": [0, -1],
-    "cse_modules": ["ffn"],
+    "cse_modules": ["ffn", "attention"],
     "cse_combine": "add",
     "cse_num_experts": 3,
     "cse_expert_size": 24,
@@ -120,6 +125,28 @@ def test_layers_count_from_either_end(family, layers, indices):
     config = tiny_config(family, cse_layers=layers)
     assert config.cse_layer_indices == indices
     assert list(model_class(family, "Model")(config).routed_modules()) == [(index, "ffn") for index in indices]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("modules", [["attention"], ["ffn"], ["attention", "ffn"]], ids="+".join)
+def test_modules_stand_as_data_meets_them_however_they_are_named(family, modules, order):
+    """A layer has experts where the flag says and nowhere else; the flag itself stays as it was written."""
+    config = tiny_config(family, cse_modules=tuple(modules[::order]), cse_layers=[-1, 0])
+    assert config.cse_modules == modules[::order]
+    model = model_class(family, "Model")(config)
+    assert list(model.routed_modules()) == list(product((0, 2), modules))
+    per_site = {"attention": 4, "ffn": 4}
+    experts = [name for name, _ in model.named_parameters() if ".experts." in name]
+    assert len(experts) == 2 * sum(per_site[module] for module in modules)
+
+
+def test_attention_experts_have_the_shapes_of_the_base(family):
+    """In `nn.Linear` layout, three projections in one; `cse_expert_size` is of FFN experts alone."""
+    config = tiny_config(family, cse_modules=["attention", "ffn"], cse_combine="add", cse_expert_size=8)
+    experts = model_class(family, "Model")(config).routed_modules()[2, "attention"].experts
+    shapes = {name: tuple(parameter.shape) for name, parameter in experts.named_parameters()}
+    inner = {"qkv_proj": (4, 96, 32), "qkv_proj_bias": (4, 96)}
+    assert shapes == inner | {"out_proj": (4, 32, 32), "out_proj_bias": (4, 32)}
 
 
 def test_a_model_of_one_layer_has_experts_there(family):
