@@ -3,8 +3,9 @@
 
 import numpy as np
 import pytest
+from scipy.spatial.distance import cdist
 
-from modeling_cse.clustering import Identities, assign_experts, long_tail, match_clusters
+from modeling_cse.clustering import Identities, assign_experts, find_clusters, long_tail, match_clusters
 
 
 CENTROIDS = (10 * np.eye(4, 6)).astype(np.float32)
@@ -185,3 +186,29 @@ def test_no_slot_has_two_owners():
         assert len(set(owned)) == len(owned) and set(ownership.filled) <= set(ownership.experts)
         assert ((0 <= ownership.identities.idle) & (ownership.identities.idle < 3)).all()
         state = ownership.identities
+
+
+def test_without_matching_most_sequences_would_change_their_expert():
+    """Ten fits of the same text, each on a sample of its own: k-means numbers its clusters anew every time, and sizes
+    of rare domains trade places. Matched, every held sequence of the long tail keeps its expert."""
+    random = np.random.default_rng(0)
+    centres = 6 * np.eye(8)[:5]
+
+    def sample(count: int) -> tuple[np.ndarray, np.ndarray]:
+        domains = random.choice(5, size=count, p=[0.52, 0.12, 0.12, 0.12, 0.12])
+        return centres[domains] + random.normal(size=(count, 8)), domains
+
+    held, domains = sample(300)
+    held = held[domains > 0]
+    remembered, owners = Identities.none(8), {"matched": [], "by size": []}
+    options = {"common_share": 0.4, "num_experts": 4, "patience": 3}
+    for fit in range(10):
+        found = find_clusters(sample(400)[0].astype(np.float32), "kmeans", 5, seed=fit)
+        own = cdist(held, found.centroids).argmin(1)
+        described = (found.centroids, found.radii, found.shares)
+        matched = assign_experts(remembered, *described, **options)
+        remembered = matched.identities
+        owners["matched"].append(matched.experts[own])
+        owners["by size"].append(assign_experts(Identities.none(8), *described, **options).experts[own])
+    churn = {way: np.mean(np.diff(experts, axis=0) != 0) for way, experts in owners.items()}
+    assert churn["matched"] < 0.02 and churn["by size"] > 0.5

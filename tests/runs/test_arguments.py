@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from modeling_cse import ClusterExpertsCallback
 from modeling_cse.runs.arguments import parse_arguments, steps_or_share
 
 
@@ -59,3 +60,42 @@ def test_warmup_is_steps_or_a_share(given, meant):
 def test_warmup_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="warmup='soon'"):
         steps_or_share("soon")
+
+
+def test_layers_are_numbers_or_auto(tmp_path):
+    assert parse_arguments(["--cse_layers", "auto", "--use_cpu"])[0].cse_layers == "auto"
+    assert parse_arguments([recipe(tmp_path, "cse_layers: auto\nuse_cpu: true\n")])[0].cse_layers == "auto"
+    with pytest.raises(ValueError, match="cse_layers=.*'top'.* is not allowed"):
+        parse_arguments(["--cse_layers", "top", "--use_cpu"])
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "meant"),
+    [
+        ("num_clusters: 4\n", "num_clusters", 4),
+        ("num_clusters: [2, 8]\n", "num_clusters", (2, 8)),
+        ("", "num_clusters", None),
+        ("common_share: elbow\n", "common_share", "elbow"),
+        ("common_share: 0.6\n", "common_share", 0.6),
+        ("projection: none\n", "projection", None),
+        ("projection: 16\n", "projection", 16),
+        ("warmup: auto\n", "warmup", "auto"),
+        ("recluster_until: '0.8'\n", "recluster_until", 0.8),
+        ("recluster_until: '80'\n", "recluster_until", 80),
+        ("control: oracle\nnum_clusters: 4\nupdate: ema\n", "algorithm", "given"),
+        ("control: oracle\nnum_clusters: 4\nupdate: ema\n", "update", "frozen"),
+        ("control: oracle\nnum_clusters: 4\nupdate: ema\n", "num_clusters", None),
+    ],
+)
+def test_cluster_arguments_are_what_the_callback_takes(tmp_path, text, name, meant):
+    arguments = parse_arguments([recipe(tmp_path, text + "use_cpu: true\n")])[2].callback_arguments(seed=3)
+    assert arguments[name] == meant and type(arguments[name]) is type(meant) and arguments["seed"] == 3
+    ClusterExpertsCallback(**arguments)
+
+
+@pytest.mark.parametrize(
+    "text", ["control: random\n", "random_shares: [0.5, 0.5]\n", "control: sorted\n", "common_share: half\n"]
+)
+def test_cluster_arguments_that_cannot_be_are_refused(tmp_path, text):
+    with pytest.raises(ValueError, match=f"{text.split(':')[0]}|random_shares"):
+        parse_arguments([recipe(tmp_path, text + "use_cpu: true\n")])[2].callback_arguments(seed=0)

@@ -206,3 +206,49 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path, gpt2_run, step):
         weights = [load_file(path / name / "model.safetensors") for path in (whole, folder)]
         assert weights[0].keys() == weights[1].keys()
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+SHORT = {"eval_strategy": "no", "eval_steps": None, "compare_with_dense": None, "max_steps": 8}
+
+
+def test_the_oracle_routes_by_domain(tmp_path):
+    changes = {**SHORT, "control": "oracle", "common_share": "elbow", "sample_size": 20}
+    report = pretrain(GPT2, flags(tmp_path / "run", **changes))
+    assert {domain: round(sum(shares), 6) for domain, shares in report["routing"].items()} == {
+        **{"general": 0, "legal": 1, "medical": 1}
+    }
+
+
+def test_random_routes_have_the_sizes_they_were_given(tmp_path):
+    run = [*flags(tmp_path / "run", **{**SHORT, "control": "random"}), "--random_shares", "0.5", "0.3", "0.2"]
+    report = pretrain(GPT2, [*run, "--common_share", "0.4"])
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (settings["clusters.algorithm"], settings["clusters.update"]) == ("given", "frozen")
+    shares = [sum(by_expert) for by_expert in report["routing"].values()]
+    assert all(0.1 < share < 0.9 for share in shares) and max(shares) - min(shares) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"control": "oracle", "domain_column": None}, "control='oracle' is not allowed without a domain_column"),
+        ({"control": "oracle", "cse_routing": "sequence"}, "cse_routing='sequence' is not allowed with a control"),
+    ],
+)
+def test_controls_that_cannot_be_are_refused(tmp_path, changes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        pretrain(GPT2, flags(tmp_path / "run", **{**SHORT, **changes}))
+
+
+def test_every_new_choice_reaches_a_run(tmp_path):
+    """Layers and warm-up chosen by the run, attention experts, a range of clusters, moving averages in between."""
+    changes = {**SHORT, "max_steps": 10, "warmup": "auto", "cse_layers": "auto", "layer_budget": 1}
+    changes |= {"num_clusters": None, "update": "recluster+ema", "recluster_every": 2}
+    changes |= {"recluster_growth": 1.5, "recluster_until": "0.9"}
+    run = [*flags(tmp_path / "run", **changes), "--cse_modules", "attention", "ffn", "--num_clusters", "2", "4"]
+    pretrain(GPT2, [*run, "--algorithm", "spherical", "--projection", "8"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "cse")
+    assert len(model.config.cse_layers) == 1 and model.config.cse_modules == ["attention", "ffn"]
+    entries = metrics(tmp_path / "run" / "cse" / "metrics.jsonl")
+    # the candidates are compared once, where the warm-up ends for want of a peak
+    assert [entry["step"] for entry in entries if "cse/layer_0/ffn/clarity" in entry][:1] == [3]
