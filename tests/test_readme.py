@@ -5,21 +5,27 @@ import re
 from pathlib import Path
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_example_runs_as_pasted(tmp_path, monkeypatch):
-    """With a data set as the text describes it, in a folder that has the configurations beside it."""
-    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def test_the_examples_run_as_pasted(tmp_path, monkeypatch):
+    """With a data set as the text describes it, in a folder that has the configurations and a dense model."""
+    training, starting = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     (tmp_path / "configuration").symlink_to(ROOT / "configuration")
     monkeypatch.chdir(tmp_path)
     ids = torch.randint(0, 2048, (128, 32), generator=torch.Generator().manual_seed(0))
     names = {"train_dataset": [{"input_ids": row, "labels": row} for row in ids]}
-    exec(block, names)
+    exec(training, names)
     assert all(ffn.router.num_clusters == 6 for ffn in names["model"].base_model.routed_modules().values())
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=32, n_head=2, vocab_size=2048)).save_pretrained("runs/mine/dense")
+    exec(starting, names)
+    modules = names["model"].base_model.routed_modules()
+    assert len(modules) == 2 and all(2 <= module.router.num_clusters <= 8 for module in modules.values())
 
 
 def test_it_stays_short_and_its_links_lead_somewhere():

@@ -91,7 +91,7 @@ class ClusterArguments:
     sample_size: int = _flag(2048, "Sequences kept for a fit.")
     patience: int = _flag(3, "Fits a cluster may be absent or common before it loses its expert.")
     ema_decay: float | None = _flag(None, "Weight of the past for one sequence with ema. Default 0.999.")
-    layer_budget: int | None = _flag(None, "With cse_layers auto: layers that get experts. Default 2.")
+    layer_budget: int | None = _flag(None, "Of the layers, how many get experts. Default: all; 2 with auto.")
     compare_with_dense: bool = _flag(False, "Train the dense twin too: same start, same batches.")
     control: str | None = _flag(None, "In place of clusters: oracle (by domain column) or random (random_shares).")
     random_shares: list[float] | None = _flag(None, "Sizes of the random clusters, with sum 1.", nargs="+")

@@ -53,8 +53,9 @@ class ClusterExpertsCallback(TrainerCallback):
         projection, min_cluster_share: see `ClusterSettings`.
         recluster_growth (`float`): each interval between fits is so many times the one before.
         recluster_until (`int` or `float`): no fit after this step, or share of training, so that experts settle.
-        layer_budget (`int`): with `cse_layers="auto"`, how many layers get experts: those with the largest cluster
-            clarity at the end of the warm-up. Default 2. The others become stock layers when training ends.
+        layer_budget (`int`): how many of the layers in `cse_layers` get experts: those with the largest cluster
+            clarity at the end of the warm-up. The others become stock layers when training ends. Default: all layers
+            of a list, 2 of `cse_layers="auto"`.
 
     Metrics go to `state.log_history`, and with `callback.attach(trainer)` through `Trainer.log` to every integration:
     `cse/layer_<i>/<module>/{clusters, experts, share_routed, churn, clarity, agreement, unserved}`, `cse/seconds`, and
@@ -165,7 +166,7 @@ class ClusterExpertsCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.detach()
-        if self.base.config.cse_layers == "auto" and self.memory.fits:
+        if self._budget() is not None and self.memory.fits:
             self.base.drop_idle_layers()
 
     # ---- what they do --------------------------------------------------------------------------------------------
@@ -174,6 +175,12 @@ class ClusterExpertsCallback(TrainerCallback):
         """Where clusters are kept: all candidates before the first fit, afterwards those that have some."""
         modules = self.base.routed_modules()
         return [site for site, module in modules.items() if module.router.num_clusters] or list(modules)
+
+    def _budget(self) -> int | None:
+        """How many layers get experts; None for all."""
+        if self.layer_budget is None and self.base.config.cse_layers == "auto":
+            return LAYER_BUDGET
+        return self.layer_budget
 
     def _modules(self) -> list[RoutedModule]:
         return list(self.base.routed_modules().values())
@@ -191,11 +198,6 @@ class ClusterExpertsCallback(TrainerCallback):
                 f"cse_max_clusters={most}."
             )
         config = self.base.config
-        if self.layer_budget is not None and config.cse_layers != "auto":
-            raise ValueError(
-                f"layer_budget={self.layer_budget} is not allowed with cse_layers={config.cse_layers!r}: the layers "
-                "are given; it is read with 'auto'."
-            )
         if config.cse_routing == "given" and self.settings.algorithm != "given":
             raise ValueError(
                 f"algorithm={self.settings.algorithm!r} is not allowed with cse_routing='given': clusters come with "
@@ -262,8 +264,7 @@ class ClusterExpertsCallback(TrainerCallback):
         sites = self._sites()
         first = not any(module.router.num_clusters for module in self._modules())
         features = gather_features({site: self.collector.stores[site].all() for site in sites})
-        auto = self.base.config.cse_layers == "auto" and first
-        budget = (self.layer_budget or LAYER_BUDGET) if auto else None
+        budget = self._budget() if first else None
         metrics, filled = fit_layers(self.base, features, self.settings, self.memory, budget, drifting=True)
         modules = self.base.routed_modules()
         for site, slots in filled.items():

@@ -67,9 +67,13 @@ def test_an_automatic_run_resumes_exactly(tmp_path):
         assert all(torch.equal(ours[name], theirs[name]) for name in {*ours, *theirs})
 
 
-def test_a_budget_is_refused_where_layers_are_given(tmp_path):
-    with pytest.raises(ValueError, match="layer_budget=1 is not allowed with cse_layers=None"):
-        train(tmp_path, ClusterExpertsCallback(**settings(layer_budget=1)))
+def test_a_budget_chooses_among_the_layers_that_are_named(tmp_path):
+    """Only they have room for experts meanwhile."""
+    model = tiny_model("gpt2", n_layer=4, cse_layers=[1, -1])
+    trainer = train(tmp_path, ClusterExpertsCallback(**settings(layer_budget=1)), model=model)
+    entry = next(entry for entry in trainer.state.log_history if "cse/seconds" in entry)
+    found = {layer: entry[f"cse/layer_{layer}/ffn/clarity"] for layer in (1, 3)}
+    assert model.config.cse_layers == [max(found, key=found.get)]
 
 
 # ---- labels that come with the data ---------------------------------------------------------------------------------
