@@ -9,13 +9,12 @@ from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
     GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
 
+from modeling_cse import CSEBertConfig, CSEBertForMaskedLM, CSEGPT2Config, CSEGPT2ForCausalLM
 from modeling_cse.hub import cards, write_model_card
 
 
@@ -94,6 +93,7 @@ def test_a_package_that_is_not_installed_is_said_so(tmp_path, monkeypatch):
         (config(), "generation with a cache"),
         (config(cse_routing="sequence"), "depend on later"),
         (config(MaskedFamilyConfig, cse_routing="sequence"), "need an attention mask"),
+        (config(cse_routing="given"), "routed by the cluster that is passed with it"),
         (config(cse_layers=[]), "without experts: the dense model"),
     ],
 )
@@ -177,16 +177,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-@pytest.mark.parametrize("routing", ["discriminant", "sequence"])
+@pytest.mark.parametrize("routing", ["discriminant", "sequence", "given"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_usage_block_runs_when_pasted(tmp_path, monkeypatch, capsys, masked, routing):
     if masked:
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-        model = BertForMaskedLM(BertConfig(vocab_size=8, **sizes))
+        model = CSEBertForMaskedLM(CSEBertConfig(vocab_size=8, cse_routing=routing, cse_layers=[-1], **sizes))
     else:
         sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2}
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=8, bos_token_id=1, eos_token_id=1, **sizes))
-    model.config.cse_routing, model.config.cse_layers = routing, [-1]
+        flags = {"cse_routing": routing, "cse_layers": [-1], "bos_token_id": 1, "eos_token_id": 1}
+        model = CSEGPT2ForCausalLM(CSEGPT2Config(vocab_size=8, **flags, **sizes))
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     block = re.search(r"```python\n(.*?)```", write(tmp_path, of=model.config), re.DOTALL)[1]
