@@ -35,6 +35,7 @@ class _Batch:
 
     tokens: torch.Tensor
     step: int
+    reached: bool = False
     projected: bool = False
     recorded: bool = False
 
@@ -78,7 +79,7 @@ class GradientConsistency:
 
     Raises:
         ValueError: a wrong argument. While training: a batch of `inputs_embeds`, an attention mask of more than two
-            dimensions, a layer that is not fed (B, T, f), or one that no gradient reaches.
+            dimensions, a layer that is not fed (B, T, f), that no gradient reaches, or that did not run at all.
     """
 
     def __init__(
@@ -138,16 +139,26 @@ class GradientConsistency:
         self.counts.index_add_(0, ids.flatten(), valid.flatten().long())
         return ids.masked_fill(~valid, NO_TOKEN).int()
 
+    @torch.compiler.disable
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._batch is not None and not self._batch.reached:
+            raise ValueError(
+                "the layer under study was not reached by the last batch, so gradient consistency cannot be measured: "
+                "it must take part in every forward pass, and torch.compile must not have taken its hooks away."
+            )
         self._batch = None
         if module.training and torch.is_grad_enabled():
             arguments = self._signature.bind(*args, **kwargs).arguments
             self._batch = _Batch(self._count({**arguments, **arguments.get("kwargs", {})}), self.step)
 
+    @torch.compiler.disable
     def _project(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         batch = self._batch
+        if batch is None:
+            return
+        batch.reached = True
         # no gradient: the first of two passes of a reentrant checkpoint; projected: the second of the other kind
-        if batch is None or batch.projected or not torch.is_grad_enabled():
+        if batch.projected or not torch.is_grad_enabled():
             return
         states = args[0]
         if states.dim() != 3 or states.shape[:2] != batch.tokens.shape:

@@ -103,11 +103,13 @@ def test_consistency_is_near_that_of_the_exact_gradients(family):
     """Where there is a principal direction: without a gap between the largest eigenvalue and the next there is nothing
     to be near to. With r = 128 a cosine is off by 0.5 / sqrt(128) = 0.05 on average; three times that is allowed."""
     model, batches = training_model(family), [skewed(seed) for seed in range(4)]
+    for batch in batches:  # fewer labels in rare rows, lest they make a second direction as strong as the first
+        batch["labels"] = batch["labels"].masked_fill(RARE.unsqueeze(1) & (torch.arange(16) % 2 == 0), -100)
     exact = torch.cat([exact_gradients(model, batch).flatten(1) for batch in batches])
     rare = RARE.repeat(4)
     for part in (exact, exact[rare]):
         values = torch.linalg.eigvalsh(part.double() @ part.double().T)
-        assert values[-1] > 1.5 * values[-2]
+        assert values[-1] > 3 * values[-2]
     wanted = gradient_consistency(exact, rare)
     assert abs(wanted) < 0.9
     for seed in range(5):
@@ -444,4 +446,13 @@ def test_a_frozen_layer_is_refused(family):
     model = training_model(family).requires_grad_(False)
     attached(model)
     with pytest.raises(ValueError, match="no gradient reaches the layer"):
+        model(**skewed())
+
+
+def test_a_layer_that_does_not_run_is_refused(family):
+    """As when compilation has taken its hooks away: without a word the window would never fill."""
+    model = training_model(family)
+    GradientConsistency(model, layer=torch.nn.Linear(64, 32)).attach()
+    model(**skewed())
+    with pytest.raises(ValueError, match="was not reached by the last batch"):
         model(**skewed())
