@@ -152,6 +152,8 @@ class ClusterExpertsCallback(TrainerCallback):
                 self._log(state, control, metrics)
         if self._next_fit(state.global_step - 1, state.max_steps) == state.global_step:
             self._log(state, control, self._fit(optimizer))
+            for store in self.collector.stores.values():
+                store.newest()  # what was fitted moves nothing afterwards
             following = self._next_fit(state.global_step, state.max_steps)
             if following is None or following - state.global_step >= self._collecting_steps(args):
                 self.collector.clear()  # the next fit has a sample of its own
@@ -276,7 +278,8 @@ class ClusterExpertsCallback(TrainerCallback):
         return metrics
 
     def _move(self) -> None:
-        newest = gather_features({site: self.collector.stores[site].newest() for site in self.memory.discriminants})
+        newest = {site: self.collector.stores[site].newest() for site in self.memory.discriminants}
+        newest = gather_features({site: part and part.without_tokens() for site, part in newest.items()})
         for site, features in newest.items():
             if features is not None:
                 self.memory.discriminants[site] = move_clusters(

@@ -70,7 +70,8 @@ def test_centroids_move_between_fits_with_both(tmp_path):
 
 
 def test_moving_averages_take_each_sequence_once(tmp_path):
-    """Also those of a step that is larger than the sample of a fit, and whatever the micro-batches are."""
+    """Also those of a step that is larger than the sample of a fit, after a fit whose sample reaches over the one
+    before, and whatever the micro-batches are."""
     counts = []
 
     class Counting(ClusterExpertsCallback):
@@ -79,9 +80,9 @@ def test_moving_averages_take_each_sequence_once(tmp_path):
             counts.append(store.seen - store._taken)
             super()._move()
 
-    for update in ("ema", "recluster+ema"):
+    for update, sample_size, every in (("ema", 6, 4), ("recluster+ema", 6, 4), ("recluster+ema", 24, 2)):
         for batch, accumulate in ((8, 1), (2, 4)):
-            options = settings(update=update, sample_size=6, recluster_every=4)
+            options = settings(update=update, sample_size=sample_size, recluster_every=every)
             sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate}
             train(tmp_path, Counting(**options), **sizes)
     assert counts and set(counts) == {8}
