@@ -383,3 +383,18 @@ def test_a_model_that_is_not_of_one_piece_is_refused():
 def test_what_is_no_checkpoint_is_refused(checkpoint):
     with pytest.raises(ValueError, match=f"checkpoint of type {type(checkpoint).__name__}"):
         from_dense(checkpoint, rows())
+
+
+@pytest.mark.parametrize("routing", ["given", "discriminant"])
+@pytest.mark.parametrize("batch_size", [8, None])
+def test_clusters_that_come_with_the_data_are_taken(routing, batch_size):
+    """In rows and in batches; with labels for routes, or only for the fit."""
+    labels = (0, 0, 0, 0, 1, 1, 2, 2)
+    data = [{**row, "given_clusters": torch.tensor(labels[number % 8])} for number, row in enumerate(rows(24))]
+    data = data if batch_size else batches_of(data)
+    flags = {"cse_routing": routing, "algorithm": "given", "common_share": 0.4}
+    model = from_dense(knowing("gpt2"), data, batch_size=batch_size, **flags)
+    for module in routed_modules(model).values():
+        assert module.router.cluster_sizes[:4].tolist() == [12, 6, 6, 0]
+        experts = module.router.cluster_expert[:3].tolist()
+        assert experts[0] == -1 and sorted(experts[1:]) == [0, 1]
