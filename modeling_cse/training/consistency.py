@@ -71,7 +71,7 @@ class GradientConsistency:
         model: a CSE model or head, dense so far: while tokens go to experts, rows cannot be told apart at the layer.
         window: sequences to measure on, the last ones, over all processes.
         tail_share: share of them that counts as the long tail, above 0 and at most 1.
-        sketch_size: r. A cosine of two gradients is off by about 0.5 / sqrt(r).
+        sketch_size: r. A cosine of two gradients is off by 0.5 / sqrt(r) to 1 / sqrt(r) (root mean square, measured).
         seed: of P and Q.
         ignored_tokens: ids that are neither counted nor scored, such as the tokenizer's `all_special_ids`.
         layer: the linear layer (..., f) -> (..., d); by default the output projection of the last module
