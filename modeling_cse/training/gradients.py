@@ -64,8 +64,8 @@ def gradient_consistency(gradients: torch.Tensor, subset: torch.Tensor, steps: t
     principal direction of a window is first of all the one along which training swings to and fro, the sequences of
     one step enter u with one sign and those of the next with the other, and the sum over them all is an accident.
 
-    Where the sequences of one step scatter to both sides as well (late in training, or in masked models, where it is
-    one of how many tokens were masked), no rule can tell the sign, and only the magnitude means something.
+    Where the sequences of one step scatter to both sides as well (seen late in training, and in masked models) no rule
+    can tell the sign, and only the magnitude means something.
 
     Args:
         gradients: (N, k) gradients of X, or sketches of them, any float dtype, on the CPU.

@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Promises of gradient consistency measured while training: it is that of the exact gradients, and changes nothing."""
 
+import json
 import math
 import subprocess
 import sys
@@ -325,24 +326,25 @@ def test_rows_whose_gradients_overflowed_are_left_out():
 def test_ranks_measure_on_the_sequences_of_all(monkeypatch):
     """Two halves of a window, and of the counts, give what the whole gives."""
     model, batches = training_model(), [skewed(seed) for seed in range(4)]
-    whole = watched(model, *batches, window=32)
+    wanted = watched(model, *batches, window=32).measure()
     halves = [watched(model, *batches[:2], window=32), watched(model, *batches[2:], window=32)]
     assert halves[0].measure() is None
     parts = [(half.sequences(), half.counts) for half in halves]
     parts[1][0].steps.add_(2)
     monkeypatch.setattr(module, "gather_objects", lambda own: parts)
-    assert halves[0].measure() == halves[1].measure() == whole.measure()
+    assert halves[0].measure() == halves[1].measure() == wanted
 
 
 SCRIPT = """
-import sys, torch
+import json, pathlib, sys, torch
 sys.path[:0] = {paths!r}
 torch.set_num_threads(1)
 from test_consistency import skewed, training_model, watched
 import accelerate
 rank = accelerate.PartialState(cpu=True).process_index
 found = watched(training_model(), skewed(2 * rank), skewed(2 * rank + 1), window=32)
-print(f"rank {{rank}}:", len(found.sequences()), found.measure(), flush=True)
+result = {{"rows": len(found.sequences()), **found.measure()}}
+pathlib.Path({folder!r}, f"rank{{rank}}.json").write_text(json.dumps(result))
 """
 
 
@@ -350,12 +352,13 @@ print(f"rank {{rank}}:", len(found.sequences()), found.measure(), flush=True)
 def test_two_processes_get_one_number(tmp_path):
     here = Path(__file__).resolve()
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(paths=[str(here.parent), str(here.parents[1]), str(here.parents[2])]))
+    paths = [str(here.parent), str(here.parents[1]), str(here.parents[2])]
+    script.write_text(SCRIPT.format(paths=paths, folder=str(tmp_path)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
-    lines = sorted(line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.startswith("rank "))
-    assert len(lines) == 2 and lines[0] == lines[1] and lines[0].startswith("16 {'gradient_consistency': ")
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second and first["rows"] == 16 and math.isfinite(first["gradient_consistency"])
 
 
 # ---- state -------------------------------------------------------------------------------------------------------

@@ -51,8 +51,9 @@ def test_a_direction_that_swings_from_step_to_step_does_not_hide_the_sign(wanted
         assert gradient_consistency(gradients, TAIL, steps) == pytest.approx(wanted, abs=0.05)
 
 
-def test_the_sign_of_the_eigenvectors_does_not_matter(monkeypatch):
-    gradients, steps = torch.randn(40, 6), torch.arange(40) // 8
+@pytest.mark.parametrize("steps", [None, torch.arange(40) // 8, torch.arange(40)], ids=["one", "some", "single"])
+def test_the_sign_of_the_eigenvectors_does_not_matter(monkeypatch, steps):
+    gradients = torch.randn(40, 6)
     wanted = gradient_consistency(gradients, TAIL, steps)
     assert abs(wanted) > 1e-3
     for signs in ((1, -1), (-1, 1), (-1, -1)):
