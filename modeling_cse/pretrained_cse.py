@@ -8,16 +8,8 @@ from .experts_cse import FusedExperts
 from .routing_cse import ClusterRouter
 
 
-class CSEPreTrainedMixin:
-    """Stands before the stock `PreTrainedModel` subclass of a family."""
-
-    # Buffers made as fp32 stay so when weights are loaded in bf16; this says it for loaders that go by the name. The
-    # int64 buffers must not be named: upstream would cast them to fp32 as well.
-    _keep_in_fp32_modules_strict = ["centroids", "radii", "discriminant_weight", "discriminant_bias"]
-
-    def __init__(self, config, *args, **kwargs):
-        config.validate_cse_flags()
-        super().__init__(config, *args, **kwargs)
+class OutOfTreeMixin:
+    """What transformers decides differently for models with experts that stand outside its own tree."""
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -30,6 +22,18 @@ class CSEPreTrainedMixin:
         # them over GPT-2's scaled initialisation of the residual projections. All we initialise with respects what
         # was loaded, so that the caution is not needed.
         super()._initialize_weights(module, is_custom_code=False)
+
+
+class CSEPreTrainedMixin(OutOfTreeMixin):
+    """Stands before the stock `PreTrainedModel` subclass of a family."""
+
+    # Buffers made as fp32 stay so when weights are loaded in bf16; this says it for loaders that go by the name. The
+    # int64 buffers must not be named: upstream would cast them to fp32 as well.
+    _keep_in_fp32_modules_strict = ["centroids", "radii", "discriminant_weight", "discriminant_bias"]
+
+    def __init__(self, config, *args, **kwargs):
+        config.validate_cse_flags()
+        super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -91,4 +95,4 @@ class CSEBaseMixin:
         self.config.cse_layers = kept
 
 
-__all__ = ["CSEBaseMixin", "CSEPreTrainedMixin"]
+__all__ = ["CSEBaseMixin", "CSEPreTrainedMixin", "OutOfTreeMixin"]

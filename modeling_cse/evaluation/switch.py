@@ -30,6 +30,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel, GPT2Model
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
+from ..pretrained_cse import OutOfTreeMixin
+
 
 def _is_number(value: Any, kind: Any, least: float, most: float = float("inf")) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
@@ -217,23 +219,12 @@ class SwitchFFN(nn.Module):
         return self.dropout(answers.view(hidden_states.shape))
 
 
-class SwitchPreTrainedMixin:
+class SwitchPreTrainedMixin(OutOfTreeMixin):
     """Stands before the stock `PreTrainedModel` subclass of a family."""
 
     def __init__(self, config, *args, **kwargs):
         config.validate_switch_flags()
         super().__init__(config, *args, **kwargs)
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # Upstream remembers its answer on the class, where a subclass finds it: once a stock model has been built in
-        # this process, it would answer no for ours too, and they would run `eager` without a word.
-        return True
-
-    def _initialize_weights(self, module, is_custom_code: bool = False):
-        # For code outside its tree, upstream passes over modules without parameters of their own, and with them over
-        # GPT-2's narrower residual projections. All we initialise with respects what was loaded.
-        super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
     def _init_weights(self, module):
