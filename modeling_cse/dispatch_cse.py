@@ -52,7 +52,7 @@ class RoutedModule:
     experts: FusedExperts
 
     def base_weights(self, of: Callable[[nn.Parameter], torch.Tensor] = unchanged) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
+        raise NotImplementedError  # each module of each family has its own
 
     def fill_expert(self, slot: int, generator: torch.Generator) -> None:
         """Starts the expert of a slot from the base (`FusedExperts.fill`)."""

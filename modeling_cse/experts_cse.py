@@ -29,11 +29,11 @@ class FusedExperts(nn.Module):
 
     def init_weights(self) -> None:
         """Fills what no checkpoint has filled."""
-        raise NotImplementedError
+        raise NotImplementedError  # FFN and attention experts each have their own
 
     def fresh_slot(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """A slot on the CPU that adds nothing to the base (`"add"`), but learns from its first gradient on."""
-        raise NotImplementedError
+        raise NotImplementedError  # as above
 
     def lay_base(self, base: dict[str, torch.Tensor], slot: dict[str, torch.Tensor]) -> None:
         """Writes the base over a slot, as far as it reaches. Weights and optimizer moments alike.
