@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .experts_cse import CSEAttentionExperts, FusedExperts
-from .routing_cse import ClusterRouter, RoutingContext
+from .experts_cse import CSEAttentionExperts, ExpertGroups, FusedExperts
+from .routing_cse import ClusterRouter, RoutingContext, shapes_may_depend_on_data
 
 
 class Site(NamedTuple):
@@ -41,6 +41,25 @@ def unchanged(parameter: nn.Parameter) -> torch.Tensor:
     return parameter
 
 
+class RoutedTokens(NamedTuple):
+    """Where the N tokens of a batch go, made once a route. Where shapes may depend on data, experts see only the R
+    tokens that are theirs; elsewhere all of them, with the id E for none."""
+
+    expert_ids: torch.Tensor  # (R,) int64 in [0, E), of the routed tokens; or (N,) in [0, E]
+    routed: torch.Tensor | None = None  # (R,) int64, the tokens with an expert; None: experts see all tokens
+    common: torch.Tensor | None = None  # (N - R,) int64, the others
+
+    @classmethod
+    def of(cls, expert_ids: torch.Tensor, num_experts: int) -> "RoutedTokens":
+        """Reads the router's expert ids (B, T), -1 for none."""
+        expert_ids = expert_ids.flatten()
+        without = expert_ids < 0
+        if not shapes_may_depend_on_data(expert_ids):
+            return cls(expert_ids.masked_fill(without, num_experts))
+        routed = (~without).nonzero().squeeze(-1)
+        return cls(expert_ids.index_select(0, routed), routed, without.nonzero().squeeze(-1))
+
+
 class RoutedModule:
     """
     A module with experts: it has a `router`, `experts` under a base, and the base's weights as
@@ -58,53 +77,52 @@ class RoutedModule:
         """Starts the expert of a slot from the base (`FusedExperts.fill`)."""
         self.experts.fill(slot, self.base_weights(), generator)
 
-    def mix(self, states: torch.Tensor, expert_ids: torch.Tensor, base: Callable, answer: Callable) -> torch.Tensor:
+    def route_tokens(self, hidden_states: torch.Tensor, context: RoutingContext) -> RoutedTokens:
+        """Routes (B, T, d) states."""
+        return RoutedTokens.of(self.router(hidden_states, context)[2], self.experts.num_experts)
+
+    def mix(self, states: torch.Tensor, tokens: RoutedTokens, base: Callable, answer: Callable) -> torch.Tensor:
         """
         Base and experts together.
 
         Args:
             states: (B, T, d) that enter.
-            expert_ids: (B, T) int64, -1 for no expert.
+            tokens: which of them go where.
             base: from (..., d) to (..., o).
-            answer: the experts: states (N, d), expert ids (N,), weights (N,) or None give (N, o).
+            answer: the experts: the states that they see, (N, d), give (N, o).
 
         Returns:
             (B, T, o).
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self._mix_static(states, expert_ids, base, answer)
-        return self._mix_gathered(states, expert_ids, base, answer)
+        way = self._mix_static if tokens.routed is None else self._mix_gathered
+        return way(states, tokens, base, answer)
 
-    def _mix_gathered(self, hidden_states, expert_ids, base, answer):
-        """Each token pays for what it uses: rows are gathered by kind first, which makes shapes depend on data."""
-        states, expert_ids = hidden_states.flatten(0, 1), expert_ids.flatten()
-        routed = (expert_ids >= 0).nonzero().squeeze(-1)
+    def _mix_gathered(self, hidden_states, tokens, base, answer):
+        """Each token pays for what it uses: rows are gathered by kind first."""
+        states, routed = hidden_states.flatten(0, 1), tokens.routed
         if not len(routed) and not self._experts_must_have_gradients():
             return base(hidden_states)
-        answers = answer(states.index_select(0, routed), expert_ids.index_select(0, routed), None)
+        answers = answer(states.index_select(0, routed))
         if self.experts.combine == "add" or not len(routed):
             output = base(hidden_states)
             return output.flatten(0, 1).index_add(0, routed, answers.to(output.dtype)).view_as(output)
-        common = (expert_ids < 0).nonzero().squeeze(-1)
-        output = base(states.index_select(0, common))
+        if not len(tokens.common) and not torch.is_grad_enabled():
+            return answers.view(*hidden_states.shape[:2], -1)
+        output = base(states.index_select(0, tokens.common))
         mixed = output.new_empty(len(states), output.shape[-1])
-        mixed = mixed.index_copy(0, common, output).index_copy(0, routed, answers.to(output.dtype))
+        mixed = mixed.index_copy(0, tokens.common, output).index_copy(0, routed, answers.to(output.dtype))
         return mixed.view(*hidden_states.shape[:2], -1)
 
-    def _mix_static(self, hidden_states, expert_ids, base, answer):
-        """The same with shapes that do not depend on data, for compilation and export: tokens without an expert go
-        through slot 0 and count for nothing."""
-        routed = expert_ids >= 0
-        answers = answer(
-            hidden_states.flatten(0, 1),
-            expert_ids.clamp_min(0).flatten(),
-            routed.flatten().to(hidden_states.dtype),
-        )
+    def _mix_static(self, hidden_states, tokens, base, answer):
+        """The same with shapes that do not depend on data. Experts pass over rows that are not theirs; the base
+        answers for all, also those that an expert replaces: one plain product is what accelerators are best at."""
+        answers = answer(hidden_states.flatten(0, 1))
         output = base(hidden_states)
         answers = answers.view(output.shape).to(output.dtype)
         if self.experts.combine == "add":
             return output + answers
-        return torch.where(routed.unsqueeze(-1), answers, output)
+        routed = (tokens.expert_ids < self.experts.num_experts).view(*output.shape[:2], 1)
+        return torch.where(routed, answers, output)
 
     def _experts_must_have_gradients(self) -> bool:
         """DistributedDataParallel waits for a gradient of every parameter, also in a batch that routes nothing."""
@@ -118,8 +136,8 @@ class RoutedFFN(RoutedModule):
 
     def routed_ffn(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         """Base FFN and experts for (B, T, d) states, before dropout and residual."""
-        _, _, expert_ids = self.router(hidden_states, context)
-        return self.mix(hidden_states, expert_ids, self.base_ffn, self.experts.run)
+        tokens = self.route_tokens(hidden_states, context)
+        return self.mix(hidden_states, tokens, self.base_ffn, partial(self.experts.run, expert_ids=tokens.expert_ids))
 
 
 class RoutedAttention(RoutedModule):
@@ -138,7 +156,7 @@ class RoutedAttention(RoutedModule):
 
     def route(self, hidden_states: torch.Tensor, context: RoutingContext) -> None:
         """Reads the route of (B, T, d) states, once for all projections."""
-        self.dispatch.expert_ids = self.router(hidden_states, context)[2]
+        self.dispatch.group(self.route_tokens(hidden_states, context))
 
 
 class AttentionDispatch:
@@ -146,11 +164,17 @@ class AttentionDispatch:
 
     def __init__(self, attention: RoutedAttention):
         self.attention = attention
-        self.expert_ids: torch.Tensor | None = None  # (B, T) of the forward pass under way
+        self.tokens: RoutedTokens | None = None  # of the forward pass under way
+        self.groups: ExpertGroups | None = None
+
+    def group(self, tokens: RoutedTokens) -> None:
+        """Takes up a route, for all projections."""
+        self.tokens = tokens
+        self.groups = ExpertGroups.of(tokens.expert_ids, self.attention.experts.num_experts)
 
     def __call__(self, states: torch.Tensor, base: Callable, projection: str) -> torch.Tensor:
-        answer = partial(self.attention.experts, projection=projection)
-        return self.attention.mix(states, self.expert_ids, base, answer)
+        answer = partial(self.attention.experts, groups=self.groups, projection=projection)
+        return self.attention.mix(states, self.tokens, base, answer)
 
 
 class RoutedProjection:
@@ -166,4 +190,4 @@ class RoutedProjection:
         return self.dispatch(states, super().forward, self.projection)
 
 
-__all__ = ["RoutedAttention", "RoutedFFN", "RoutedModule", "RoutedProjection", "Site"]
+__all__ = ["RoutedAttention", "RoutedFFN", "RoutedModule", "RoutedProjection", "RoutedTokens", "Site"]

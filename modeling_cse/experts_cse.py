@@ -4,6 +4,8 @@
 Shapes are named in routing_cse.py.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,6 +13,21 @@ from torch.func import functional_call
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import _grouped_linear
+
+from .routing_cse import shapes_may_depend_on_data
+
+
+def _autocast_dtype(states: torch.Tensor) -> torch.dtype | None:
+    """What autocast, if on, computes in. Grouped products do not know autocast: they would run in fp32."""
+    device = states.device.type
+    known = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if known else None
+
+
+def _is_single_token(states: torch.Tensor) -> bool:
+    """Whether this is the one token that a text has grown by. Its expert is a plain linear layer then, without the
+    sorting of grouped products, which would take as long as the product itself (docs/evidence/speed.md)."""
+    return len(states) == 1 and not torch.is_grad_enabled() and shapes_may_depend_on_data(states)
 
 
 class FusedExperts(nn.Module):
@@ -62,7 +79,6 @@ class FusedExperts(nn.Module):
             parameter[slot] = tensors[name].to(parameter)
 
 
-
 class CSEExperts(FusedExperts):
     """
     FFN experts in the layout of transformers' experts interface: `up_proj` (E, f, d), `up_proj_bias` (E, f),
@@ -93,24 +109,36 @@ class CSEExperts(FusedExperts):
         output = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
             token, slot = (top_k_index == expert).nonzero(as_tuple=True)
-            state = F.linear(hidden_states[token], self.up_proj[expert], self.up_proj_bias[expert])
-            state = F.linear(self.act_fn(state), self.down_proj[expert], self.down_proj_bias[expert])
+            state = self._one(hidden_states[token], *(parameter[expert] for parameter in self.parameters()))
             state = state * top_k_weights[token, slot].unsqueeze(-1)
             output = output.index_add(0, token, state.to(output.dtype))
         return output
 
-    def run(self, states: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor | None = None):
-        """One expert a token, whatever implementation is configured: states (N, d), expert ids (N,) in [0, E),
-        weights (N,) or None for ones; returns (N, d)."""
-        weights = states.new_ones(len(states)) if weights is None else weights
-        arguments = (states, expert_ids.unsqueeze(-1), weights.unsqueeze(-1))
-        device = states.device.type
-        if not torch.is_autocast_enabled(device):
+    @property
+    def _is_expert_parallel(self) -> bool:
+        # What upstream calls so means to its implementations that an id of E is no expert, whose rows grouped products
+        # pass over. Such ids come in only where rows are not gathered.
+        return self._some_experts_elsewhere or not shapes_may_depend_on_data(self.up_proj)
+
+    @_is_expert_parallel.setter
+    def _is_expert_parallel(self, value: bool) -> None:
+        self._some_experts_elsewhere = value
+
+    def run(self, states: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
+        """One expert a token, whatever implementation is configured: states (N, d), expert ids (N,) in [0, E), or E
+        for none where shapes do not depend on data; returns (N, d), zeros where there is no expert."""
+        if _is_single_token(states):
+            weights = [parameter[int(expert_ids)] for parameter in self.parameters()]
+            return self._one(states, *weights)
+        arguments = (states, expert_ids.unsqueeze(-1), states.new_ones(len(states), 1))
+        dtype = _autocast_dtype(states)
+        if dtype is None:
             return self(*arguments)
-        # grouped matrix products do not know autocast: without this they would run in fp32
-        dtype = torch.get_autocast_dtype(device)
         cast = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
         return functional_call(self, cast, (arguments[0].to(dtype), *arguments[1:]))
+
+    def _one(self, states, up_proj, up_proj_bias, down_proj, down_proj_bias):
+        return F.linear(self.act_fn(F.linear(states, up_proj, up_proj_bias)), down_proj, down_proj_bias)
 
     def lay_base(self, base: dict[str, torch.Tensor], slot: dict[str, torch.Tensor]) -> None:
         # units beyond the base's width keep what they have, with a zero output
@@ -122,6 +150,23 @@ class CSEExperts(FusedExperts):
         slot = {name: torch.zeros(parameter.shape[1:]) for name, parameter in self.named_parameters()}
         slot["up_proj"].normal_(std=self.initializer_range, generator=generator)
         return slot
+
+
+class ExpertGroups(NamedTuple):
+    """Tokens in the order of their experts, those without one last: what grouped products need, made once a route."""
+
+    order: torch.Tensor  # (N,) int64, which token stands where
+    inverse: torch.Tensor  # (N,) int64, where each token stands
+    sorted_ids: torch.Tensor  # (N,) int64, experts in that order, E for none
+    ends: torch.Tensor  # (E,) int32, where the tokens of each expert end
+
+    @classmethod
+    def of(cls, expert_ids: torch.Tensor, num_experts: int) -> "ExpertGroups":
+        """Groups expert ids (N,) in [0, E], without reading them on the host."""
+        sorted_ids, order = torch.sort(expert_ids, stable=True)
+        places = torch.arange(num_experts, device=expert_ids.device)
+        ends = torch.searchsorted(sorted_ids, places, right=True).to(torch.int32)
+        return cls(order, torch.argsort(order), sorted_ids, ends)
 
 
 # Where each projection of the base lies in the fused output of `qkv_proj`, in units of d.
@@ -152,21 +197,19 @@ class CSEAttentionExperts(FusedExperts):
         init.normal_(self.out_proj, std=std)
         init.zeros_(self.out_proj_bias)
 
-    def forward(
-        self, states: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor | None, projection: str
-    ) -> torch.Tensor:
-        """One expert a token: states (N, d), expert ids (N,) in [0, E), weights (N,) or None for ones, and which
-        projection: `"out"` or one of `QKV`. Returns (N, width of the projection)."""
+    def forward(self, states: torch.Tensor, groups: ExpertGroups, projection: str) -> torch.Tensor:
+        """One expert a token: states (N, d), their grouping, and which projection: `"out"` or one of `QKV`. Returns
+        (N, width of the projection), zeros where there is no expert."""
         weight, bias = self._projection(projection)
-        device = states.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        if _is_single_token(states):
+            expert = int(groups.sorted_ids)
+            return F.linear(states, weight[expert], bias[expert])
+        dtype = _autocast_dtype(states)
+        if dtype is not None:
             states, weight, bias = states.to(dtype), weight.to(dtype), bias.to(dtype)
         if self.config._experts_implementation == "eager":
-            answers = _linear_by_loop(states, weight, bias, expert_ids)
-        else:
-            answers = _linear_by_group(states, weight, bias, expert_ids)
-        return answers if weights is None else answers * weights.unsqueeze(-1).to(answers.dtype)
+            return _linear_by_loop(states, weight, bias, groups)
+        return _linear_by_group(states, weight, bias, groups)
 
     def _projection(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         if name == "out":
@@ -180,21 +223,26 @@ class CSEAttentionExperts(FusedExperts):
         return {name: torch.zeros(parameter.shape[1:]) for name, parameter in self.named_parameters()}
 
 
-def _linear_by_loop(states, weight, bias, expert_ids):
+def _linear_by_loop(states, weight, bias, groups):
     """Visits every expert, also one without tokens: see `CSEExperts.forward`."""
     output = states.new_zeros(len(states), weight.shape[1])
     for expert in range(len(weight)):
-        token = (expert_ids == expert).nonzero().squeeze(-1)
+        token = groups.order[groups.sorted_ids == expert]
         output = output.index_add(0, token, F.linear(states[token], weight[expert], bias[expert]).to(output.dtype))
     return output
 
 
-def _linear_by_group(states, weight, bias, expert_ids):
-    """One grouped matrix product over tokens in the order of their experts."""
-    sorted_ids, order = torch.sort(expert_ids, stable=True)
-    ends = torch.searchsorted(sorted_ids, torch.arange(len(weight), device=states.device), right=True)
-    answers = _grouped_linear(states[order], weight, ends.to(torch.int32), bias=bias[sorted_ids])
-    return answers[torch.argsort(order)].to(states.dtype)
+def _linear_by_group(states, weight, bias, groups):
+    """One grouped matrix product. It leaves rows past the last group as they happen to lie in memory, in the output
+    and in the gradient of its input: where there are such rows, they are masked before and after."""
+    ordered, ids = states[groups.order], groups.sorted_ids
+    without = None if shapes_may_depend_on_data(states) else (ids == len(weight)).unsqueeze(-1)
+    if without is not None:
+        ordered, ids = ordered.masked_fill(without, 0.0), ids.clamp(max=len(weight) - 1)
+    answers = _grouped_linear(ordered, weight, groups.ends, bias=bias[ids])
+    if without is not None:
+        answers = answers.masked_fill(without, 0.0)
+    return answers[groups.inverse].to(states.dtype)
 
 
-__all__ = ["CSEAttentionExperts", "CSEExperts", "FusedExperts", "QKV"]
+__all__ = ["CSEAttentionExperts", "CSEExperts", "ExpertGroups", "FusedExperts", "QKV"]

@@ -19,6 +19,12 @@ from transformers.utils.generic import maybe_autocast
 logger = logging.get_logger(__name__)
 
 
+def shapes_may_depend_on_data(tensor: torch.Tensor) -> bool:
+    """Whether routes may decide how large a tensor is. On a CPU they are read for nothing; an accelerator would have
+    to be waited for, and what is compiled, traced or exported has static shapes."""
+    return tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
 class SequenceScope(NamedTuple):
     """Which tokens of a batch make up a sequence. Only routes that look at whole sequences need it."""
 
@@ -203,23 +209,41 @@ class ClusterRouter(nn.Module):
         return context.routes[self]
 
     def _route(self, hidden_states, context):
-        lowest = torch.finfo(torch.float32).min
-        with maybe_autocast(hidden_states.device.type, enabled=False):
-            if self.routing == "discriminant":
-                logits = F.linear(hidden_states.float(), self.discriminant_weight, self.discriminant_bias)
-            elif self.routing == "sequence":
-                means, _, index = sequence_means(hidden_states, context.scope)
-                logits = self.nearness(means)[index]
-            else:
-                labels = self._labels(context.given_clusters, hidden_states)
-                logits = (labels.unsqueeze(-1) != torch.arange(self.max_clusters, device=labels.device)) * lowest
-        logits = logits.masked_fill(self.cluster_sizes == 0, lowest)
+        labels = self._labels(context.given_clusters, hidden_states) if self.routing == "given" else None
+        if shapes_may_depend_on_data(hidden_states) and not self.cluster_sizes.any():
+            return self._without_clusters(hidden_states)
+        logits, index = self._scores(hidden_states, context.scope, labels)
         nearest = logits.argmax(-1)
         known = self.cluster_sizes[nearest] > 0
-        if self.routing == "given":
+        if labels is not None:
             known = known & (nearest == labels)
+        cluster_ids = torch.where(known, nearest, -1)
         expert_ids = torch.where(known, self.cluster_expert[nearest], -1)
-        return logits.flatten(0, 1), torch.where(known, nearest, -1), expert_ids
+        if index is not None:
+            logits, cluster_ids, expert_ids = logits[index], cluster_ids[index], expert_ids[index]
+        return logits.flatten(0, 1), cluster_ids, expert_ids
+
+    def _scores(self, hidden_states, scope, labels) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scores of tokens (B, T, C); or of sequences (S, C), with the row that each token belongs to (B, T)."""
+        lowest = torch.finfo(torch.float32).min
+        unused = self.cluster_sizes == 0
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            if self.routing == "discriminant":
+                # unused rows have a weight of zero: the bias alone, which is small, needs the mask
+                bias = self.discriminant_bias.masked_fill(unused, lowest)
+                return F.linear(hidden_states.float(), self.discriminant_weight, bias), None
+            if self.routing == "sequence":
+                means, _, index = sequence_means(hidden_states, scope)
+                return self.nearness(means).masked_fill(unused, lowest), index
+        others = labels.unsqueeze(-1) != torch.arange(self.max_clusters, device=labels.device)
+        return (others | unused) * lowest, None
+
+    def _without_clusters(self, hidden_states):
+        """The route before the first fit: nothing is computed."""
+        shape = hidden_states.shape[:2]
+        none = torch.full(shape, -1, device=hidden_states.device)
+        lowest = hidden_states.new_full((1, 1), torch.finfo(torch.float32).min, dtype=torch.float32)
+        return lowest.expand(shape.numel(), self.max_clusters), none, none
 
     def _labels(self, labels: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
         """Labels of all tokens, (B, T) int64."""
@@ -254,4 +278,11 @@ def warn_that_routes_see_the_future(model_name: str) -> None:
     )
 
 
-__all__ = ["ClusterRouter", "RoutingContext", "SequenceScope", "sequence_means", "warn_that_routes_see_the_future"]
+__all__ = [
+    "ClusterRouter",
+    "RoutingContext",
+    "SequenceScope",
+    "sequence_means",
+    "shapes_may_depend_on_data",
+    "warn_that_routes_see_the_future",
+]

@@ -21,7 +21,7 @@ class RoutingFeatures:
     Fields:
         embeddings (N, d) fp32: mean state of a sequence, padding left out.
         tokens (N, m, d) fp32: states of single tokens, spread over the sequence.
-        positions (N, m) int64: where in its sequence each of them stood.
+        positions (N, m) int64: where in its sequence each of them stood; -1 where a sequence had no token at all.
         labels (N,) int64: the cluster that came with the batch, -1 where none did.
     """
 
@@ -39,6 +39,11 @@ class RoutingFeatures:
 
     def __getitem__(self, rows) -> "RoutingFeatures":
         return self._each(lambda tensor: tensor[rows])
+
+    def present(self) -> "RoutingFeatures":
+        """Without sequences that had no token."""
+        kept = self.positions[:, 0] >= 0
+        return self if kept.all() else self[kept]
 
     def cpu(self) -> "RoutingFeatures":
         return self._each(torch.Tensor.cpu)
@@ -93,18 +98,21 @@ def sample_features(
     labels: torch.Tensor | None = None,
 ) -> RoutingFeatures:
     """
-    Features of one batch.
+    Features of one batch. Nothing is read on the host, unless rows hold several documents, which must be counted.
 
     Args:
         states: (B, T, d) states that enter a module, any float dtype.
-        scope: padding and documents of the batch; sequences without a token are left out.
+        scope: padding and documents of the batch.
         tokens_per_sequence: m. Each of m equal parts of a sequence gives one token.
         offset: sequences sampled before. It shifts the place within the part from sequence to sequence, evenly and
             without a random number, so that all positions are met.
         labels: (B,) or (B, T) clusters that came with the batch; a sequence has that of its first token.
     """
     means, counts, index = sequence_means(states, scope)
-    kept = (counts > 0).nonzero().squeeze(-1)
+    if scope.segments is None:
+        kept = torch.arange(len(means), device=states.device)
+    else:
+        kept = (counts > 0).nonzero().squeeze(-1)
     valid = torch.ones_like(index, dtype=torch.bool) if scope.mask is None else scope.mask
     # tokens in the order of their sequences, padding behind all of them
     order = torch.where(valid, index, len(counts)).flatten().argsort(stable=True)
@@ -115,6 +123,7 @@ def sample_features(
     places = (parts + shift.unsqueeze(1)) / tokens_per_sequence
     positions = (places * counts[kept].unsqueeze(1)).long()
     tokens = states.flatten(0, 1)[order[starts.unsqueeze(1) + positions]]
+    positions = positions.masked_fill(counts[kept].unsqueeze(1) == 0, -1)
     if labels is None:
         given = positions.new_full((len(kept),), -1)
     else:
@@ -146,7 +155,7 @@ class FeatureStore:
             surplus -= dropped
 
     def all(self) -> RoutingFeatures | None:
-        """Everything kept, on the CPU, oldest first; None when empty."""
+        """Everything kept, on the CPU, oldest first, also what `present` leaves out; None when empty."""
         return RoutingFeatures.concatenate([part.cpu() for part in self.parts]) if self.parts else None
 
     def newest(self) -> RoutingFeatures | None:
@@ -157,7 +166,7 @@ class FeatureStore:
             part = self.parts[-1 - len(parts)]
             parts.append(part[-fresh:].cpu())
             fresh -= len(part)
-        return RoutingFeatures.concatenate(parts[::-1]) if parts else None
+        return RoutingFeatures.concatenate(parts[::-1]).present() if parts else None
 
     def clear(self) -> None:
         self.parts = []

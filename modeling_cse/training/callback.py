@@ -265,7 +265,8 @@ class ClusterExpertsCallback(TrainerCallback):
     def _fit(self, optimizer: Optimizer) -> dict[str, float]:
         sites = self._sites()
         first = not any(module.router.num_clusters for module in self._modules())
-        features = gather_features({site: self.collector.stores[site].all() for site in sites})
+        sample = {site: self.collector.stores[site].all() for site in sites}
+        features = gather_features({site: part and part.present() for site, part in sample.items()})
         budget = self._budget() if first else None
         metrics, filled = fit_layers(self.base, features, self.settings, self.memory, budget, drifting=True)
         modules = self.base.routed_modules()
@@ -273,7 +274,6 @@ class ClusterExpertsCallback(TrainerCallback):
             start_moments(optimizer, modules[site], slots)
         self.idle.take(self._modules(), optimizer)
         if first:
-            self.collector.detach()
             self.collector.attach(self._sites())
         return metrics
 

@@ -1,8 +1,15 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""Collecting routing features from the forward passes of training itself: no second pass, no host synchronisation."""
+"""
+Collecting routing features from the forward passes of training itself: no second pass, no host synchronisation.
+
+A compiled forward pass must not depend on what is collected, or it would be compiled anew in every step. There the
+hooks become two operators, which the compiler cannot look into and which find their collector by its number.
+"""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import count
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -26,6 +33,29 @@ def routed_base_model(model: nn.Module) -> nn.Module:
     return base
 
 
+_COLLECTORS: "WeakValueDictionary[int, FeatureCollector]" = WeakValueDictionary()
+_numbers = count()
+
+
+# `clock` is never read. To an operator that gives nothing back it is what keeps it in the graph, and in its place.
+@torch.library.custom_op("modeling_cse::begin_collecting", mutates_args=("clock",))
+def _begin_collecting(
+    clock: torch.Tensor,
+    collector: int,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    given_clusters: torch.Tensor | None,
+) -> None:
+    if collector in _COLLECTORS:
+        _COLLECTORS[collector].begin(attention_mask, position_ids, given_clusters)
+
+
+@torch.library.custom_op("modeling_cse::collect", mutates_args=("clock",))
+def _collect(clock: torch.Tensor, collector: int, site: str, states: torch.Tensor) -> None:
+    if collector in _COLLECTORS:
+        _COLLECTORS[collector].collect(site, states)
+
+
 class FeatureCollector:
     """
     Forward hooks on the routers of a model, filling one bounded store a site.
@@ -44,53 +74,71 @@ class FeatureCollector:
         self.training_only = training_only
         self.enabled = False
         self._signature = inspect.signature(self.base.forward)
-        self._waiting: set[Site] = set()
-        self._sites: set[Site] = set(self.stores)
+        self._sites: set[Site] = set()
+        self._waiting: set[str] = set()
         self._scope = SequenceScope()
         self._labels: torch.Tensor | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._number = next(_numbers)
+        _COLLECTORS[self._number] = self
 
     def attach(self, sites: Iterable[Site] | None = None) -> None:
-        """Puts the hooks on, at all sites or those given; `detach` takes them off."""
+        """Puts the hooks on if they are not yet, and records from all sites or those given; `detach` ends it."""
         modules = self.base.routed_modules()
         self._sites = set(modules if sites is None else sites)
-        self._hooks.append(self.base.register_forward_pre_hook(self._begin, with_kwargs=True))
-        for site in self._sites:
-            self._hooks.append(
-                modules[site].router.register_forward_hook(
-                    lambda router, args, out, site=site: self._record(site, args[0])
-                )
-            )
+        if self._hooks:
+            return
+        self._clock = torch.zeros((), device=next(self.base.parameters()).device)
+        self._hooks.append(self.base.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        for site, module in modules.items():
+            self._hooks.append(module.router.register_forward_hook(self._after_routing(str(site))))
 
     def detach(self) -> None:
+        self._sites = set()  # what was compiled keeps its hooks
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Opens each layer for one record: with activation checkpointing a router runs twice in a step."""
-        self._waiting = set()
-        if not self.enabled or (self.training_only and not module.training):
-            return
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = self._signature.bind(*args, **kwargs).arguments
         arguments = {**arguments, **arguments.get("kwargs", {})}
-        self._scope = SequenceScope.of(arguments.get("attention_mask"), arguments.get("position_ids"))
-        self._labels = arguments.get("given_clusters")
-        self._waiting = set(self._sites)
+        known = [arguments.get(name) for name in ("attention_mask", "position_ids", "given_clusters")]
+        if torch.compiler.is_compiling():
+            _begin_collecting(self._clock, self._number, *known)
+        else:
+            self.begin(*known)
 
-    def _record(self, site: Site, states: torch.Tensor) -> None:
+    def _after_routing(self, site: str) -> Callable:
+        def hook(router, args, outputs):
+            if torch.compiler.is_compiling():
+                _collect(self._clock, self._number, site, args[0].detach())
+            else:
+                self.collect(site, args[0].detach())
+
+        return hook
+
+    def begin(self, attention_mask, position_ids, given_clusters) -> None:
+        """A forward pass of the base model begins. Each site is open for one record: with activation checkpointing a
+        router runs twice in a step."""
+        self._waiting = set()
+        if not self.enabled or (self.training_only and not self.base.training):
+            return
+        self._scope = SequenceScope.of(attention_mask, position_ids)
+        self._labels = given_clusters
+        self._waiting = {str(site) for site in self._sites}
+
+    def collect(self, site: str, states: torch.Tensor) -> None:
+        """A router has seen states (B, T, d)."""
         if site not in self._waiting:
             return
         self._waiting.remove(site)
-        store = self.stores[site]
-        store.add(
-            sample_features(states.detach(), self._scope, self.tokens_per_sequence, store.seen, self._labels)
-        )
+        store = self.stores[Site.parse(site)]
+        store.add(sample_features(states, self._scope, self.tokens_per_sequence, store.seen, self._labels))
 
     def take(self) -> dict[Site, RoutingFeatures | None]:
         """What was collected, by site; the stores are empty afterwards."""
         taken = {site: store.all() for site, store in self.stores.items()}
         self.clear()
-        return taken
+        return {site: None if features is None else features.present() for site, features in taken.items()}
 
     def clear(self) -> None:
         for store in self.stores.values():

@@ -89,7 +89,7 @@ def test_sampled_tokens_of_packed_documents_stay_in_them():
 
 def test_rows_without_a_token_are_left_out():
     mask = torch.tensor([[1, 1, 1], [0, 0, 0], [1, 0, 0]])
-    features = sample_features(torch.randn(3, 3, 8), SequenceScope.of(mask, None), 2, 0)
+    features = sample_features(torch.randn(3, 3, 8), SequenceScope.of(mask, None), 2, 0).present()
     assert len(features) == 2 and features.positions[1].tolist() == [0, 0]
 
 

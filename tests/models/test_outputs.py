@@ -2,14 +2,12 @@
 """What a forward pass gives back, and that every way to compute it gives the same."""
 
 import inspect
-from itertools import product
 
 import pytest
 import torch
 from tiny import (
     EVERY_HEAD,
     LANGUAGE_HEADS,
-    VOCAB,
     activate,
     dense_model,
     first_tensor,
@@ -21,8 +19,6 @@ from tiny import (
     token_ids,
 )
 from transformers.utils.generic import find_labels
-
-from modeling_cse.dispatch_cse import RoutedProjection
 
 
 KEYS = ("router_logits", "cluster_ids")
@@ -150,73 +146,6 @@ def test_a_stock_model_built_before_does_not_choose_for_ours(family, monkeypatch
     assert tiny_model(family, "Model", experts_implementation="eager").config._experts_implementation == "eager"
 
 
-@pytest.mark.parametrize("owners", [[-1, 2, 0, -1, 3], [1, 2, 0], [-1, -1]], ids=["some", "all", "none"])
-def test_static_shapes_give_what_gathering_gives(family, combine, owners):
-    """The path for compilation and export, and its gradients, whatever share of the tokens is routed."""
-    model = activate(tiny_model(family, cse_combine=combine), owners=owners)
-    ffn = routed_module(model, 2)
-    expert_ids = torch.tensor(owners)[torch.randint(len(owners), (3, 10))]
-    results = []
-    for mix in (ffn._mix_gathered, ffn._mix_static):
-        torch.manual_seed(0)
-        states = torch.randn(3, 10, 32, requires_grad=True)
-        model.zero_grad()
-        mixed = mix(states, expert_ids, ffn.base_ffn, ffn.experts.run)
-        mixed.square().sum().backward()
-        gradients = {
-            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-            for name, parameter in ffn.named_parameters()
-        }
-        results.append((mixed.detach(), states.grad, gradients))
-    for gathered, static in zip(*results, strict=True):
-        torch.testing.assert_close(gathered, static, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("owners", [[-1, 2, 0, -1, 3], [1, 2, 0], [-1, -1]], ids=["some", "all", "none"])
-def test_static_shapes_give_what_gathering_gives_in_attention(family, combine, owners):
-    model = activate(tiny_model(family, cse_combine=combine, cse_modules=["attention"]), owners=owners)
-    attention = routed_module(model, 2, "attention")
-    projections = [module for module in attention.modules() if isinstance(module, RoutedProjection)]
-    attention.dispatch.expert_ids = torch.tensor(owners)[torch.randint(len(owners), (3, 10))]
-    results = []
-    for mix in (attention._mix_gathered, attention._mix_static):
-        attention.mix = mix
-        states = torch.randn(3, 10, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
-        mixed = torch.cat([projection(states) for projection in projections], -1)
-        gradients = torch.autograd.grad(
-            mixed.square().sum(), [states, *attention.parameters()], allow_unused=True, materialize_grads=True
-        )
-        results.append((mixed, *gradients))
-    assert results[0][0].shape[-1] == 128
-    for gathered, static in zip(*results, strict=True):
-        torch.testing.assert_close(gathered, static, atol=1e-4, rtol=1e-4)
-
-
-# Compiling takes seconds: modules take turns instead of multiplying.
-COMPILED = [
-    (*head, {"cse_combine": combine, "cse_routing": routing, "cse_modules": modules, "cse_layers": [-1]})
-    for (head, routing, combine), modules in zip(
-        product(LANGUAGE_HEADS, ("discriminant", "sequence"), ("replace", "add")),
-        2 * (["attention", "ffn"], ["attention"], ["ffn"], ["attention", "ffn"]),
-        strict=True,
-    )
-]
-
-
-@pytest.mark.parametrize(("family", "head", "flags"), COMPILED, ids=str)
-def test_compiled_model_gives_the_same(family, head, flags):
-    """One graph without a break; the backend runs it as it is."""
-    model = activate(tiny_model(family, head, **flags))
-    batch = labelled(family, head)
-    wanted = model(**batch)
-    torch._dynamo.reset()
-    base = torch.compile(model.base_model, backend="eager", fullgraph=True)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    states = base(**inputs).last_hidden_state
-    torch.testing.assert_close(states, model.base_model(**inputs).last_hidden_state, atol=1e-5, rtol=1e-5)
-    assert wanted.logits.shape == (4, 16, VOCAB)
-
-
 @pytest.mark.parametrize(
     ("family", "head", "combine"), [("gpt2", "ForCausalLM", "replace"), ("bert", "ForMaskedLM", "add")]
 )
@@ -231,16 +160,6 @@ def test_exported_model_gives_the_same(family, head, combine):
         wanted = model(ids, **options, output_cluster_ids=True)
         torch.testing.assert_close(exported(ids, **options).logits, wanted.logits, atol=1e-5, rtol=1e-5)
     assert all(len(layer.unique()) > 1 for layer in wanted.cluster_ids)
-
-
-@pytest.mark.slow
-def test_inductor_gives_the_same():
-    model = activate(tiny_model("gpt2", n_layer=1))
-    ids = token_ids()
-    torch._dynamo.reset()
-    compiled = torch.compile(model)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
