@@ -65,7 +65,7 @@ def sequence_means(states: torch.Tensor, scope: SequenceScope) -> tuple[torch.Te
     batch, length, width = states.shape
     rows = torch.arange(batch, device=states.device).unsqueeze(1)
     weights = states.new_ones(batch, length, dtype=torch.float32) if scope.mask is None else scope.mask.float()
-    weighted = states.float() * weights.unsqueeze(-1)
+    weighted = states.float() if scope.mask is None else states.float() * weights.unsqueeze(-1)
     if scope.segments is None:
         counts, sums, index = weights.sum(1), weighted.sum(1), rows.expand(batch, length)
     else:

@@ -8,12 +8,12 @@ import numpy as np
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import silhouette_score
+from sklearn.metrics import euclidean_distances, silhouette_score
 from sklearn.random_projection import GaussianRandomProjection
-from threadpoolctl import threadpool_limits
 
 from .density import density_labels
 from .settings import GIVEN, ClusterSettings
+from .threads import one_thread
 
 
 # Points among which silhouettes are measured: their cost grows with the square.
@@ -102,8 +102,7 @@ def find_clusters(
     )
     _check_counts(settings, len(embeddings), max_clusters)
     check_finite(embeddings)
-    # One thread: with several, sums are added in the order in which threads finish, and runs would not repeat.
-    with threadpool_limits(limits=1), warnings.catch_warnings():
+    with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters: handled below
         # A power of two changes no digit, and keeps the squares of very large and very small features in range.
         points = np.ldexp(embeddings, -_exponent(embeddings))
@@ -156,10 +155,11 @@ def _kmeans(points: np.ndarray, count: int, seed: int) -> np.ndarray:
 def _best_kmeans(points: np.ndarray, low: int, high: int, seed: int) -> tuple[np.ndarray, float | None]:
     """The labels with the largest silhouette among k = low..high, the smallest k of equals, and that silhouette."""
     sample = np.random.default_rng(seed).permutation(len(points))[:SILHOUETTE_SAMPLE]
+    distances = euclidean_distances(points[sample])  # the same for every number of clusters
     best, best_score = None, None
     for count in range(low, high + 1):
         labels = _kmeans(points, count, seed)
-        score = _silhouette(points[sample], labels[sample])
+        score = _silhouette(distances, labels[sample])
         if best is None or (score is not None and (best_score is None or score > best_score)):
             best, best_score = labels, score
         if len(np.unique(labels)) < count:  # there are no more distinct points
@@ -167,11 +167,12 @@ def _best_kmeans(points: np.ndarray, low: int, high: int, seed: int) -> tuple[np
     return best, best_score
 
 
-def _silhouette(points: np.ndarray, labels: np.ndarray) -> float | None:
-    """Mean silhouette (Rousseeuw, 1987); None where it is not defined: a single cluster, or only single points."""
-    if not 2 <= len(np.unique(labels)) < len(points):
+def _silhouette(distances: np.ndarray, labels: np.ndarray) -> float | None:
+    """Mean silhouette (Rousseeuw, 1987) of points by the distances (n, n) between them; None where it is
+    not defined: a single cluster, or only single points."""
+    if not 2 <= len(np.unique(labels)) < len(labels):
         return None
-    return float(silhouette_score(points, labels))
+    return float(silhouette_score(distances, labels, metric="precomputed"))
 
 
 def _join_noise(embeddings: np.ndarray, labels: np.ndarray, max_clusters: int | None) -> Clustering:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from sklearn.covariance import ledoit_wolf
-from threadpoolctl import threadpool_limits
+
+from .threads import one_thread
 
 
 @dataclass
@@ -33,9 +34,13 @@ class Discriminant:
             priors: (K,) share of each cluster.
         """
         points = tokens.astype(np.float64)
-        means = np.stack([points[labels == label].mean(axis=0) for label in range(len(priors))])
-        with threadpool_limits(limits=1):
-            covariance, _ = ledoit_wolf(points - means[labels], assume_centered=True)
+        means = np.empty((len(priors), points.shape[1]))
+        for label in range(len(priors)):  # in place: no array of a fit is larger
+            members = points[labels == label]
+            means[label] = members.mean(axis=0)
+            points[labels == label] = members - means[label]
+        with one_thread():
+            covariance, _ = ledoit_wolf(points, assume_centered=True)
         # Equal points have no covariance at all: any positive multiple of the identity then gives the same routes.
         width = len(covariance)
         floor = 1e-6 * np.trace(covariance) / width
@@ -44,7 +49,7 @@ class Discriminant:
 
     def weights(self) -> tuple[np.ndarray, np.ndarray]:
         """Weight (K, d) float32 and bias (K,) float32 of the scores."""
-        with threadpool_limits(limits=1):
+        with one_thread():
             weight = np.linalg.solve(self.covariance, self.means.T).T
         bias = np.log(self.priors) - 0.5 * (weight * self.means).sum(axis=1)
         return weight.astype(np.float32), bias.astype(np.float32)

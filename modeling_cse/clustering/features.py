@@ -113,9 +113,10 @@ def sample_features(
         kept = torch.arange(len(means), device=states.device)
     else:
         kept = (counts > 0).nonzero().squeeze(-1)
-    valid = torch.ones_like(index, dtype=torch.bool) if scope.mask is None else scope.mask
     # tokens in the order of their sequences, padding behind all of them
-    order = torch.where(valid, index, len(counts)).flatten().argsort(stable=True)
+    order = torch.arange(index.numel(), device=states.device)
+    if scope.mask is not None:
+        order = torch.where(scope.mask, index, len(counts)).flatten().argsort(stable=True)
     starts = (counts.cumsum(0) - counts)[kept].long()
     golden = 0.6180339887498949
     shift = ((torch.arange(len(kept), device=states.device, dtype=torch.float64) + offset) * golden) % 1.0

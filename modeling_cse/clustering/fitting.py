@@ -2,6 +2,7 @@
 """From routing features to router buffers: the fit of one layer, and the only place that writes there."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,9 +31,14 @@ class LayerFit:
     ownership: Ownership
     metrics: dict[str, float] = field(default_factory=dict)
 
+    @cached_property
+    def weights(self) -> tuple[np.ndarray, np.ndarray]:
+        """Weight and bias of the discriminant, solved for once."""
+        return self.discriminant.weights()
+
     def router_state(self) -> dict[str, torch.Tensor]:
         """The rows of the router's buffers."""
-        weight, bias = self.discriminant.weights()
+        weight, bias = self.weights
         return {
             "centroids": torch.from_numpy(self.clustering.centroids),
             "radii": torch.from_numpy(self.clustering.radii),
@@ -70,7 +76,7 @@ def fit_layer(
     """
     if drifting:
         check_finite(features.embeddings.numpy())
-        first = _clusters(features.detrended(), settings, router.max_clusters)
+        first = _clusters(features.without_tokens().detrended(), settings, router.max_clusters)
         features = features.detrended(first.labels)
     clustering = _clusters(features, settings, router.max_clusters)
     ownership = assign_experts(
@@ -102,7 +108,7 @@ def fit_layer(
     if clustering.silhouette is not None:
         fit.metrics["silhouette"] = clustering.silhouette
     if held.any():
-        fit.metrics.update(_agreement_metrics(discriminant, features[torch.from_numpy(held)], labels[held]))
+        fit.metrics.update(_agreement_metrics(fit.weights, features[torch.from_numpy(held)], labels[held]))
     fit.metrics.update(_routing_metrics(router, fit, features))
     return fit
 
@@ -122,10 +128,11 @@ def _clusters(features: RoutingFeatures, settings: ClusterSettings, max_clusters
     )
 
 
-def _agreement_metrics(discriminant: Discriminant, held: RoutingFeatures, labels: np.ndarray) -> dict[str, float]:
+def _agreement_metrics(
+    weights: tuple[np.ndarray, np.ndarray], held: RoutingFeatures, labels: np.ndarray
+) -> dict[str, float]:
     """How often a token's own state tells the cluster of its sequence, over all tokens of held-out sequences and by
     their position."""
-    weights = discriminant.weights()
     tokens, each = _flat(held.tokens.numpy(), labels)
     positions = held.positions.numpy().ravel()
     metrics = {"agreement": agreement(*weights, tokens, each)}

@@ -237,7 +237,8 @@ def test_silhouette_is_measured_where_clusters_are_found():
 def test_silhouette_of_many_points_is_that_of_a_sample(monkeypatch):
     measured = []
     monkeypatch.setattr(
-        "modeling_cse.clustering.algorithms.silhouette_score", lambda seen, labels: measured.append(len(seen)) or 0.5
+        "modeling_cse.clustering.algorithms.silhouette_score",
+        lambda seen, labels, metric: measured.append(len(seen)) or 0.5,
     )
     points, _ = blobs(3, 500)
     assert len(find_clusters(points, "kmeans", (2, 4), 0)) == 2  # of equal values the smallest number

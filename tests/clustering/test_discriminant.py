@@ -88,3 +88,11 @@ def test_agreement_is_the_share_of_right_routes():
     weight, bias = np.eye(2, dtype=np.float32), np.zeros(2, np.float32)
     points = np.array([[1, 0], [0, 1], [1, 0], [3, 2]], np.float32)
     assert agreement(weight, bias, points, np.array([0, 1, 1, 0])) == 0.75
+
+
+def test_a_fit_leaves_its_tokens_as_they_are():
+    points, labels = classes()
+    for tokens in (points, points.astype(np.float64)):
+        before = tokens.copy()
+        Discriminant.fit(tokens, labels, np.bincount(labels) / len(labels))
+        np.testing.assert_array_equal(tokens, before)

@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Promises of routing features: means over the tokens of a sequence alone, tokens from everywhere in it, bounded."""
 
+import numpy as np
 import pytest
 import torch
 from sklearn.metrics import adjusted_mutual_info_score
@@ -166,6 +167,20 @@ def test_drift_during_the_sample_is_moved_to_its_end():
     expected = texts.mean(0) + drift[-1]
     assert (moved.embeddings.mean(0) - expected).abs().max() < 0.5
     assert torch.allclose(moved.tokens - features.tokens, (moved.embeddings - features.embeddings).unsqueeze(1))
+
+
+@pytest.mark.parametrize("clusters", [None, 1, 3, 397])
+def test_drift_is_the_cubic_of_least_squares_beside_a_mean_a_cluster(clusters):
+    """Also with as many clusters as leave no number free: of all solutions the least one is taken."""
+    _, _, features, _ = drifting()
+    labels = None if clusters is None else np.arange(400) % clusters
+    time = np.linspace(-1, 1, 400)
+    powers = np.stack([time, time**2, time**3], axis=1)
+    means = np.eye(clusters or 1)[np.zeros(400, int) if labels is None else labels]
+    fitted = np.linalg.lstsq(np.concatenate([powers, means], axis=1), features.embeddings.double().numpy())[0]
+    drift = powers @ fitted[:3]
+    expected = features.embeddings.numpy() + (drift[-1] - drift)
+    np.testing.assert_allclose(features.detrended(labels).embeddings.numpy(), expected, atol=1e-4)
 
 
 def test_a_handful_of_sequences_is_left_as_it_is():
