@@ -21,6 +21,7 @@ round by round. Measures:
 All contenders of a shape and their optimizers are in memory together: where that is too much, name fewer at a time
 with `--contenders`; each is compared with the dense twin of its own rounds. Writes `benchmarks/results/speed.json`,
 where a result takes the place of an older one of the same kind, and prints the Markdown table of what was measured.
+Settings of glibc's allocator (MALLOC_...) are part of the kind.
 """
 
 import argparse
@@ -105,8 +106,8 @@ def measure(shape: Shape, arguments: argparse.Namespace, options: Options, steps
 
 def training_steps(found: dict, shape: str, options: Options) -> dict[tuple[str, int], float]:
     """Seconds of training steps by contender and batch, among results that are there."""
-    alike = ("training", shape, options.device, options.dtype, options.length, options.compile)
-    names = ("measure", "shape", "device", "dtype", "length", "compiled")
+    alike = ("training", shape, options.device, options.dtype, options.length, options.compile, results.allocator())
+    names = ("measure", "shape", "device", "dtype", "length", "compiled", "allocator")
     return {
         (record["contender"], record["batch"]): record["seconds"]
         for record in found["records"]

@@ -21,6 +21,7 @@ UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 def case_of(record: dict) -> tuple[str, ...]:
     """What contenders are compared in: shape, measure, batch, and how it was computed."""
     how = [record["device"], record["dtype"], record["cache"], "compiled" if record["compiled"] else None]
+    how.append("memory kept" if record["allocator"] else None)
     size = None if record["batch"] is None else f"{record['batch']} x {record['length']}"
     return (record["shape"], record["measure"], size or "", " ".join(word for word in how if word))
 

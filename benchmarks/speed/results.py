@@ -15,7 +15,7 @@ from .measures import Options
 
 
 # Records that agree in these are the same result, measured again.
-KEY = ("shape", "measure", "contender", "device", "dtype", "batch", "length", "cache", "compiled")
+KEY = ("shape", "measure", "contender", "device", "dtype", "batch", "length", "cache", "compiled", "allocator")
 
 
 def complete(record: dict, shape: str, measure: str, options: Options, run: dict) -> dict:
@@ -33,6 +33,7 @@ def complete(record: dict, shape: str, measure: str, options: Options, run: dict
         "length": None if record["batch"] is None else length,
         "cache": options.cache if decoding else None,
         "compiled": options.compile,
+        "allocator": run["allocator"],
         **record,
         "date": run["date"],
         "commit": run["commit"],
@@ -53,6 +54,7 @@ def describe_run(command: str, device: str) -> dict:
         "date": now.date().isoformat(),
         "commit": commit,
         "command": command,
+        "allocator": allocator(),
         "machine": {
             "processor": processor(),
             "cores": os.cpu_count(),
@@ -65,6 +67,13 @@ def describe_run(command: str, device: str) -> dict:
             "transformers": transformers.__version__,
         },
     }
+
+
+def allocator() -> str | None:
+    """What the environment tells glibc's allocator, None for its defaults. By default every tensor above 32 MiB is
+    given back to the system and faulted in again page by page."""
+    told = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
+    return " ".join(told) or None
 
 
 def processor() -> str:
