@@ -4,6 +4,7 @@ What more experts, more clusters and larger samples cost, on this machine's CPU.
 
     python benchmarks/scaling.py                            # all parts
     python benchmarks/scaling.py --parts experts            # some; the others stay in the file as they are
+    python benchmarks/scaling.py --parts experts --experts 4 512 --tokens 131072 --output more.json --figure more.png
     python benchmarks/scaling.py --smoke                    # seconds: a few small points, figures mean nothing
 
 - experts: forward and backward of one FFN with 4 to 512 experts, a token (scaling_experts.py);
@@ -77,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=None, help=f"default {ROUNDS}; 2 with --smoke")
     parser.add_argument("--output", type=Path, default=None, help="default benchmarks/results/scaling.json")
     parser.add_argument("--figure", type=Path, default=None, help="default docs/figures/scaling.png")
+    parser.add_argument("--experts", type=int, nargs="+", help="numbers of experts, for the part of that name")
+    parser.add_argument("--tokens", type=int, nargs="+", help="tokens a step, for the same part")
     parser.add_argument("--smoke", action="store_true", help="by default writes to runs/scaling-smoke")
     arguments = parser.parse_args(argv)
     places = {True: ("runs/scaling-smoke", "runs/scaling-smoke"), False: ("benchmarks/results", "docs/figures")}
@@ -87,7 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     results = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
     output.parent.mkdir(parents=True, exist_ok=True)
     for part in arguments.parts:
-        sizes = (SMOKE if arguments.smoke else SIZES)[part]
+        sizes = dict((SMOKE if arguments.smoke else SIZES)[part])
+        if part == "experts":
+            sizes |= {name: vars(arguments)[name] for name in ("experts", "tokens") if vars(arguments)[name]}
         results[part] = {**provenance(), "rounds": rounds, "sizes": sizes, "curves": measure(part, sizes, rounds)}
         # after each part: what is measured is kept
         output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
