@@ -6,6 +6,7 @@ from pathlib import Path
 from modeling_cse.analysis.style import DOMAIN_COLOURS, LEGEND, new_figure, save_figure
 
 from .contenders import DENSE, NAMES
+from .shapes import SHAPES
 
 
 OTHERS = [name for name in NAMES if name != DENSE]
@@ -65,8 +66,8 @@ def _time(seconds: float) -> str:
 def plot(records: list[dict], path: Path) -> None:
     """Dots with quartile whiskers: a panel a shape, a row a case, a colour a contender; the line is the dense twin."""
     compared = [record for record in records if record["ratio"] is not None]
-    shapes = list(dict.fromkeys(record["shape"] for record in compared))
-    labels = list(dict.fromkeys(case_of(record)[1:] for record in compared))
+    shapes = [name for name in SHAPES if any(record["shape"] == name for record in compared)]
+    labels = sorted({case_of(record)[1:] for record in compared})
     figure = new_figure(2.2 + 3.2 * len(shapes), 1.2 + 0.6 * len(labels))
     panels = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
     for panel, shape in zip(panels, shapes, strict=True):
