@@ -109,7 +109,7 @@ class CSEExperts(FusedExperts):
         output = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
             token, slot = (top_k_index == expert).nonzero(as_tuple=True)
-            state = self._one(hidden_states[token], *(parameter[expert] for parameter in self.parameters()))
+            state = self._one(hidden_states[token], expert)
             state = state * top_k_weights[token, slot].unsqueeze(-1)
             output = output.index_add(0, token, state.to(output.dtype))
         return output
@@ -127,9 +127,8 @@ class CSEExperts(FusedExperts):
     def run(self, states: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
         """One expert a token, whatever implementation is configured: states (N, d), expert ids (N,) in [0, E), or E
         for none where shapes do not depend on data; returns (N, d), zeros where there is no expert."""
-        if _is_single_token(states):
-            weights = [parameter[int(expert_ids)] for parameter in self.parameters()]
-            return self._one(states, *weights)
+        if _is_single_token(states) and not self._some_experts_elsewhere:
+            return self._one(states, int(expert_ids))
         arguments = (states, expert_ids.unsqueeze(-1), states.new_ones(len(states), 1))
         dtype = _autocast_dtype(states)
         if dtype is None:
@@ -137,8 +136,9 @@ class CSEExperts(FusedExperts):
         cast = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
         return functional_call(self, cast, (arguments[0].to(dtype), *arguments[1:]))
 
-    def _one(self, states, up_proj, up_proj_bias, down_proj, down_proj_bias):
-        return F.linear(self.act_fn(F.linear(states, up_proj, up_proj_bias)), down_proj, down_proj_bias)
+    def _one(self, states: torch.Tensor, expert: int) -> torch.Tensor:
+        states = self.act_fn(F.linear(states, self.up_proj[expert], self.up_proj_bias[expert]))
+        return F.linear(states, self.down_proj[expert], self.down_proj_bias[expert])
 
     def lay_base(self, base: dict[str, torch.Tensor], slot: dict[str, torch.Tensor]) -> None:
         # units beyond the base's width keep what they have, with a zero output

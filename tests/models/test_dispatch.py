@@ -218,3 +218,27 @@ def test_inductor_gives_the_same():
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+
+
+@pytest.mark.parametrize("modules", [["ffn"], ["attention"]], ids="+".join)
+@pytest.mark.parametrize(("family", "head"), LANGUAGE_HEADS)
+def test_a_single_token_gets_what_it_gets_among_others(family, head, combine, modules, monkeypatch):
+    """Decoding at batch 1 goes past the grouped product."""
+    model = activate(tiny_model(family, head, cse_modules=modules, cse_combine=combine, cse_routing="discriminant"))
+    module = routed_module(model, 2, modules[0])
+    states = torch.randn(24, 1, 32, generator=torch.Generator().manual_seed(0))
+    parts = [m for m in module.modules() if isinstance(m, RoutedProjection)]
+
+    def outputs(rows):
+        with torch.no_grad():
+            if modules == ["ffn"]:
+                return [module.routed_ffn(rows, RoutingContext())]
+            module.route(rows, RoutingContext())
+            return [part(rows) for part in parts]
+
+    experts = module.router(states)[2].flatten()
+    assert len(experts.unique()) > 2 and (experts < 0).any()
+    together = outputs(states)
+    alone = [outputs(states[row : row + 1]) for row in range(len(states))]
+    for whole, *rows in zip(together, *alone, strict=True):
+        torch.testing.assert_close(torch.cat(rows), whole, atol=1e-5, rtol=1e-5)
