@@ -82,7 +82,7 @@ def test_on_an_accelerator_nothing_waits_for_the_device(family, head, combine, r
     """Forward, backward and collecting features. Tensors on the meta device have no values: whatever reads one on the
     host, or makes a shape depend on one, raises."""
     model = activate(tiny_model(family, head, cse_modules=modules, cse_combine=combine, cse_routing=routing))
-    model = model.to("meta").to(torch.bfloat16).train()  # in fp32, grouped products of accelerators do read the ends
+    model = model.to("meta").to(torch.bfloat16).train()  # what grouped products want there
     model.config.pad_token_id = None  # otherwise upstream looks for padding, on the host
     collector = FeatureCollector(model, capacity=6)
     collector.attach()
