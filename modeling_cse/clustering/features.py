@@ -156,7 +156,12 @@ class FeatureStore:
             surplus -= dropped
 
     def all(self) -> RoutingFeatures | None:
-        """Everything kept, on the CPU, oldest first, also what `present` leaves out; None when empty."""
+        """Everything kept that had a token, on the CPU, oldest first; None when empty."""
+        kept = self.as_it_is()
+        return None if kept is None else kept.present()
+
+    def as_it_is(self) -> RoutingFeatures | None:
+        """Everything kept, also what `present` leaves out: for a checkpoint, from which `restore` goes on the same."""
         return RoutingFeatures.concatenate([part.cpu() for part in self.parts]) if self.parts else None
 
     def newest(self) -> RoutingFeatures | None:

@@ -265,8 +265,7 @@ class ClusterExpertsCallback(TrainerCallback):
     def _fit(self, optimizer: Optimizer) -> dict[str, float]:
         sites = self._sites()
         first = not any(module.router.num_clusters for module in self._modules())
-        sample = {site: self.collector.stores[site].all() for site in sites}
-        features = gather_features({site: part and part.present() for site, part in sample.items()})
+        features = gather_features({site: self.collector.stores[site].all() for site in sites})
         budget = self._budget() if first else None
         metrics, filled = fit_layers(self.base, features, self.settings, self.memory, budget, drifting=True)
         modules = self.base.routed_modules()

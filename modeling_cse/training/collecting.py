@@ -138,7 +138,7 @@ class FeatureCollector:
         """What was collected, by site; the stores are empty afterwards."""
         taken = {site: store.all() for site, store in self.stores.items()}
         self.clear()
-        return {site: None if features is None else features.present() for site, features in taken.items()}
+        return taken
 
     def clear(self) -> None:
         for store in self.stores.values():

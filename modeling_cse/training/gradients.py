@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from scipy.linalg import eigh
-from threadpoolctl import threadpool_limits
 from torch import nn
+
+from ..clustering.threads import one_thread
 
 
 NO_TOKEN = -1
@@ -48,8 +49,7 @@ class SequenceGradients:
 def principal_eigenvector(gradients: torch.Tensor) -> torch.Tensor:
     """u of Theta = J J^T, for J (N, k) fp64 on the CPU: (N,) fp64, of length 1 and arbitrary sign."""
     gram = (gradients @ gradients.T).numpy()
-    # One thread: with several, sums would be added in the order in which threads finish, and runs would not repeat.
-    with threadpool_limits(limits=1):
+    with one_thread():
         _, vectors = eigh(gram, subset_by_index=[len(gram) - 1, len(gram) - 1])
     return torch.from_numpy(vectors[:, 0])
 

@@ -63,7 +63,7 @@ def save_state(folder: Path, rank: int, step: int, memory: ClusterMemory, stores
     seen = {}
     for site, store in stores.items():
         seen[str(site)] = store.seen
-        features = store.all()
+        features = store.as_it_is()
         if features is not None:
             named.update({f"features.{site}.{name}": tensor for name, tensor in vars(features).items()})
     metadata = {"step": str(step), "fits": str(memory.fits), "seen": json.dumps(seen)}
