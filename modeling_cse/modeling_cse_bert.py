@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .configuration_cse import CSEBertConfig
 from .dispatch_cse import RoutedAttention, RoutedFFN, RoutedModule, RoutedProjection, unchanged
 from .experts_cse import CSEExperts
+from .losses_cse import pretraining_loss, sums_over_the_step
 from .outputs_cse import CSEMaskedLMOutput, CSEPreTrainingOutput, carries_routing
 from .pretrained_cse import CSEBaseMixin, CSEPreTrainedMixin
 from .routing_cse import ClusterRouter, RoutingContext, warn_that_routes_see_the_future
@@ -241,7 +242,6 @@ class CSEBertForMaskedLM(CSEBertPreTrainedModel, BertForMaskedLM):
 
 class CSEBertForPreTraining(CSEBertPreTrainedModel, BertForPreTraining):
     _auto_class = "AutoModelForPreTraining"
-    accepts_loss_kwargs = False  # the stock loss is a mean over the micro-batch
 
     def __init__(self, config: CSEBertConfig):
         super(BertForPreTraining, self).__init__(config)
@@ -249,12 +249,43 @@ class CSEBertForPreTraining(CSEBertPreTrainedModel, BertForPreTraining):
         self.cls = BertPreTrainingHeads(config)
         self.post_init()
 
-    forward = carries_routing(BertForPreTraining.forward, CSEPreTrainingOutput)
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        next_sentence_label=None,
+        num_items_in_batch=None,
+        **kwargs,
+    ):
+        """As the stock head; with `num_items_in_batch`, the loss is `pretraining_loss`."""
+        counted = num_items_in_batch is not None and labels is not None and next_sentence_label is not None
+        outputs = super().forward(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=None if counted else labels,
+            next_sentence_label=None if counted else next_sentence_label,
+            return_dict=True,
+            **kwargs,
+        )
+        if counted:
+            logits = outputs.prediction_logits, outputs.seq_relationship_logits
+            loss = pretraining_loss(*logits, labels, next_sentence_label, num_items_in_batch)
+            outputs = CSEPreTrainingOutput(loss=loss, **outputs)
+        return outputs
+
+    forward = carries_routing(forward, CSEPreTrainingOutput)
 
 
 class CSEBertForNextSentencePrediction(CSEBertPreTrainedModel, BertForNextSentencePrediction):
     _auto_class = "AutoModelForNextSentencePrediction"
-    accepts_loss_kwargs = False
 
     def __init__(self, config: CSEBertConfig):
         super(BertForNextSentencePrediction, self).__init__(config)
@@ -262,7 +293,7 @@ class CSEBertForNextSentencePrediction(CSEBertPreTrainedModel, BertForNextSenten
         self.cls = BertOnlyNSPHead(config)
         self.post_init()
 
-    forward = carries_routing(BertForNextSentencePrediction.forward)
+    forward = carries_routing(sums_over_the_step(BertForNextSentencePrediction.forward))
 
 
 def _classifier_dropout(config: CSEBertConfig) -> nn.Dropout:
@@ -272,7 +303,6 @@ def _classifier_dropout(config: CSEBertConfig) -> nn.Dropout:
 
 class CSEBertForSequenceClassification(CSEBertPreTrainedModel, BertForSequenceClassification):
     _auto_class = "AutoModelForSequenceClassification"
-    accepts_loss_kwargs = False
 
     def __init__(self, config: CSEBertConfig):
         super(BertForSequenceClassification, self).__init__(config)
@@ -282,12 +312,11 @@ class CSEBertForSequenceClassification(CSEBertPreTrainedModel, BertForSequenceCl
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    forward = carries_routing(BertForSequenceClassification.forward)
+    forward = carries_routing(sums_over_the_step(BertForSequenceClassification.forward))
 
 
 class CSEBertForMultipleChoice(CSEBertPreTrainedModel, BertForMultipleChoice):
     _auto_class = "AutoModelForMultipleChoice"
-    accepts_loss_kwargs = False
 
     def __init__(self, config: CSEBertConfig):
         super(BertForMultipleChoice, self).__init__(config)
@@ -296,12 +325,11 @@ class CSEBertForMultipleChoice(CSEBertPreTrainedModel, BertForMultipleChoice):
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()
 
-    forward = carries_routing(BertForMultipleChoice.forward)
+    forward = carries_routing(sums_over_the_step(BertForMultipleChoice.forward))
 
 
 class CSEBertForTokenClassification(CSEBertPreTrainedModel, BertForTokenClassification):
     _auto_class = "AutoModelForTokenClassification"
-    accepts_loss_kwargs = False
 
     def __init__(self, config: CSEBertConfig):
         super(BertForTokenClassification, self).__init__(config)
@@ -311,12 +339,11 @@ class CSEBertForTokenClassification(CSEBertPreTrainedModel, BertForTokenClassifi
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    forward = carries_routing(BertForTokenClassification.forward)
+    forward = carries_routing(sums_over_the_step(BertForTokenClassification.forward))
 
 
 class CSEBertForQuestionAnswering(CSEBertPreTrainedModel, BertForQuestionAnswering):
     _auto_class = "AutoModelForQuestionAnswering"
-    accepts_loss_kwargs = False
 
     def __init__(self, config: CSEBertConfig):
         super(BertForQuestionAnswering, self).__init__(config)

@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .configuration_cse import CSEGPT2Config
 from .dispatch_cse import RoutedAttention, RoutedFFN, RoutedModule, RoutedProjection, unchanged
 from .experts_cse import CSEExperts
+from .losses_cse import sums_over_the_step
 from .outputs_cse import CSECausalLMOutput, carries_routing
 from .pretrained_cse import CSEBaseMixin, CSEPreTrainedMixin
 from .routing_cse import ClusterRouter, RoutingContext, warn_that_routes_see_the_future
@@ -207,7 +208,6 @@ class CSEGPT2ForCausalLM(CSEGPT2PreTrainedModel, GPT2LMHeadModel, GenerationMixi
 
 class CSEGPT2ForSequenceClassification(CSEGPT2PreTrainedModel, GPT2ForSequenceClassification):
     _auto_class = "AutoModelForSequenceClassification"
-    accepts_loss_kwargs = False  # the stock loss is a mean over the micro-batch
 
     def __init__(self, config: CSEGPT2Config):
         super(GPT2ForSequenceClassification, self).__init__(config)
@@ -216,12 +216,11 @@ class CSEGPT2ForSequenceClassification(CSEGPT2PreTrainedModel, GPT2ForSequenceCl
         self.score = nn.Linear(config.n_embd, self.num_labels, bias=False)
         self.post_init()
 
-    forward = carries_routing(GPT2ForSequenceClassification.forward)
+    forward = carries_routing(sums_over_the_step(GPT2ForSequenceClassification.forward))
 
 
 class CSEGPT2ForTokenClassification(CSEGPT2PreTrainedModel, GPT2ForTokenClassification):
     _auto_class = "AutoModelForTokenClassification"
-    accepts_loss_kwargs = False
 
     def __init__(self, config: CSEGPT2Config):
         super(GPT2ForTokenClassification, self).__init__(config)
@@ -234,12 +233,11 @@ class CSEGPT2ForTokenClassification(CSEGPT2PreTrainedModel, GPT2ForTokenClassifi
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    forward = carries_routing(GPT2ForTokenClassification.forward)
+    forward = carries_routing(sums_over_the_step(GPT2ForTokenClassification.forward))
 
 
 class CSEGPT2ForQuestionAnswering(CSEGPT2PreTrainedModel, GPT2ForQuestionAnswering):
     _auto_class = "AutoModelForQuestionAnswering"
-    accepts_loss_kwargs = False
 
     def __init__(self, config: CSEGPT2Config):
         super(GPT2ForQuestionAnswering, self).__init__(config)
