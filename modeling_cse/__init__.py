@@ -54,7 +54,11 @@ def _register() -> None:
         for auto_class, name in auto_map.items():
             if auto_class != "AutoConfig":
                 model_class = getattr(module, name.split(".")[-1])
-                getattr(modeling_auto, auto_class).register(config_class, model_class, exist_ok=True)
+                auto = getattr(modeling_auto, auto_class)
+                auto.register(config_class, model_class, exist_ok=True)
+                # Label smoothing, serving and the harness look a model up by name in upstream's own tables, which
+                # `register` leaves alone: the Trainer would smooth against labels that are not shifted.
+                auto._model_mapping._model_mapping[config_class.model_type] = model_class.__name__
 
 
 _register()

@@ -167,6 +167,23 @@ class CSEFlags:
         """Clusters a router can hold, default resolved."""
         return max(16, 2 * self.cse_num_experts) if self.cse_max_clusters is None else self.cse_max_clusters
 
+    def update_from_string(self, update_str: str) -> None:
+        """
+        As upstream (`--config_overrides n_embd=64,cse_num_experts=2`), and validated.
+
+        Raises:
+            ValueError: a wrong flag or value, or a flag that such a string cannot hold.
+        """
+        try:
+            super().update_from_string(update_str)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"update_str={update_str!r} is not allowed: {error}. It must be like 'n_embd=64,cse_num_experts=2'; "
+                "what is a list or None by default (cse_layers, cse_modules, cse_expert_size, cse_max_clusters) "
+                "belongs in a config file."
+            ) from error
+        self.validate_cse_flags()
+
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         # Upstream maps the saved head alone, so that every other head would fail to load without this package.
         self.auto_map = {**self._heads_auto_map, **(getattr(self, "auto_map", None) or {})}

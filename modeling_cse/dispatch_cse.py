@@ -73,13 +73,22 @@ class RoutedModule:
     def base_weights(self, of: Callable[[nn.Parameter], torch.Tensor] = unchanged) -> dict[str, torch.Tensor]:
         raise NotImplementedError  # each module of each family has its own
 
+    @property
+    def num_experts(self) -> int:
+        """Expert slots. Not asked of `experts`: an adapter around them has a number of its own by this name."""
+        return self.router.config.cse_num_experts
+
+    @property
+    def combine(self) -> str:
+        return self.router.config.cse_combine
+
     def fill_expert(self, slot: int, generator: torch.Generator) -> None:
         """Starts the expert of a slot from the base (`FusedExperts.fill`)."""
         self.experts.fill(slot, self.base_weights(), generator)
 
     def route_tokens(self, hidden_states: torch.Tensor, context: RoutingContext) -> RoutedTokens:
         """Routes (B, T, d) states."""
-        return RoutedTokens.of(self.router(hidden_states, context)[2], self.experts.num_experts)
+        return RoutedTokens.of(self.router(hidden_states, context)[2], self.num_experts)
 
     def mix(self, states: torch.Tensor, tokens: RoutedTokens, base: Callable, answer: Callable) -> torch.Tensor:
         """
@@ -103,7 +112,7 @@ class RoutedModule:
         if not len(routed) and not self._experts_must_have_gradients():
             return base(hidden_states)
         answers = answer(states.index_select(0, routed))
-        if self.experts.combine == "add" or not len(routed):
+        if self.combine == "add" or not len(routed):
             output = base(hidden_states)
             return output.flatten(0, 1).index_add(0, routed, answers.to(output.dtype)).view_as(output)
         if not len(tokens.common) and not torch.is_grad_enabled():
@@ -119,9 +128,9 @@ class RoutedModule:
         answers = answer(hidden_states.flatten(0, 1))
         output = base(hidden_states)
         answers = answers.view(output.shape).to(output.dtype)
-        if self.experts.combine == "add":
+        if self.combine == "add":
             return output + answers
-        routed = (tokens.expert_ids < self.experts.num_experts).view(*output.shape[:2], 1)
+        routed = (tokens.expert_ids < self.num_experts).view(*output.shape[:2], 1)
         return torch.where(routed, answers, output)
 
     def _experts_must_have_gradients(self) -> bool:
@@ -137,7 +146,11 @@ class RoutedFFN(RoutedModule):
     def routed_ffn(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         """Base FFN and experts for (B, T, d) states, before dropout and residual."""
         tokens = self.route_tokens(hidden_states, context)
-        return self.mix(hidden_states, tokens, self.base_ffn, partial(self.experts.run, expert_ids=tokens.expert_ids))
+        return self.mix(hidden_states, tokens, self.base_ffn, partial(self._answer, tokens.expert_ids))
+
+    def _answer(self, expert_ids, states):
+        """One expert a token: ids (N,) and states (N, d) give (N, d), zeros where there is no expert (id E)."""
+        return self.experts(states, expert_ids.unsqueeze(-1), states.new_ones(states.shape[0], 1))
 
 
 class RoutedAttention(RoutedModule):
@@ -145,7 +158,7 @@ class RoutedAttention(RoutedModule):
     What the attentions of both families share. Their stock `forward` calls the projections one by one; those that
     have experts are `RoutedProjection`s and look up here where the tokens of this forward pass go.
 
-    A class with this mixin calls `route` before its stock `forward`.
+    A class with this mixin calls `route` before its stock `forward`, and names its `projections()`.
     """
 
     def add_experts(self, config) -> None:
@@ -155,8 +168,33 @@ class RoutedAttention(RoutedModule):
         self.dispatch = AttentionDispatch(self)
 
     def route(self, hidden_states: torch.Tensor, context: RoutingContext) -> None:
-        """Reads the route of (B, T, d) states, once for all projections."""
+        """
+        Reads the route of (B, T, d) states, once for all projections.
+
+        Raises:
+            ValueError: something stands in the place of a projection, or around it, that would give other logits than
+                one expects.
+        """
+        self._check_projections()
         self.dispatch.group(self.route_tokens(hidden_states, context))
+
+    def _check_projections(self) -> None:
+        for name, module in self.projections().items():
+            if isinstance(module, RoutedProjection):
+                continue
+            kind = type(module).__name__
+            if not any(isinstance(part, RoutedProjection) for part in module.modules()):
+                raise ValueError(
+                    f"{name}={kind} is not allowed in an attention with experts: it was put in the place of a "
+                    "projection that sends tokens to them, so that all would pass them over. Leave the attention out."
+                )
+            if self.combine == "replace":
+                raise ValueError(
+                    f"{name}={kind} is not allowed around a projection of an attention with experts and "
+                    "cse_combine='replace': an adapter would act on tokens of experts as well, and be lost to them "
+                    "once it is merged. Leave the attention's projections out (exclude_modules), and adapt the "
+                    "experts: target_parameters=['experts.qkv_proj', 'experts.out_proj']."
+                )
 
 
 class AttentionDispatch:
@@ -170,7 +208,7 @@ class AttentionDispatch:
     def group(self, tokens: RoutedTokens) -> None:
         """Takes up a route, for all projections."""
         self.tokens = tokens
-        self.groups = ExpertGroups.of(tokens.expert_ids, self.attention.experts.num_experts)
+        self.groups = ExpertGroups.of(tokens.expert_ids, self.attention.num_experts)
 
     def __call__(self, states: torch.Tensor, base: Callable, projection: str) -> torch.Tensor:
         answer = partial(self.attention.experts, groups=self.groups, projection=projection)

@@ -4,15 +4,16 @@
 Shapes are named in routing_cse.py.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import _grouped_linear
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from .routing_cse import shapes_may_depend_on_data
 
@@ -79,6 +80,42 @@ class FusedExperts(nn.Module):
             parameter[slot] = tensors[name].to(parameter)
 
 
+class ExpertsEntrance:
+    """
+    What stands between the `forward` of FFN experts and upstream's implementations of it: the single token, and
+    autocast. It stands inside `forward`, so that whoever hooks or wraps the module (adapters, offloading, expert
+    parallelism) has it all. An `experts_interface` of `@use_experts_implementation`.
+    """
+
+    @staticmethod
+    def get_interface(name: str, default: Callable) -> Callable:
+        """The implementation of this name behind the entrance; `default` is the eager one."""
+        implementation = ALL_EXPERTS_FUNCTIONS.get_interface(name, default)
+        return partial(_enter, implementation, knows_autocast=implementation is default)
+
+
+def _enter(implementation, experts, states, top_k_index, top_k_weights, knows_autocast):
+    if _is_single_token(states) and not experts._some_experts_elsewhere:
+        return experts._one(states, int(top_k_index)) * top_k_weights
+    dtype = None if knows_autocast else _autocast_dtype(states)
+    if dtype is not None:
+        experts, states = _CastExperts(experts, dtype), states.to(dtype)
+    return implementation(experts, states, top_k_index, top_k_weights)
+
+
+class _CastExperts:
+    """Experts in another dtype, for one call. Weights are read by name: what stands in the place of a parameter, as
+    an adapter does, is cast with it."""
+
+    def __init__(self, experts: "CSEExperts", dtype: torch.dtype):
+        self.experts = experts
+        for name in CSEExperts.WEIGHTS:
+            setattr(self, name, getattr(experts, name).to(dtype))
+
+    def __getattr__(self, name: str):
+        return getattr(self.experts, name)
+
+
 class CSEExperts(FusedExperts):
     """
     FFN experts in the layout of transformers' experts interface: `up_proj` (E, f, d), `up_proj_bias` (E, f),
@@ -87,6 +124,8 @@ class CSEExperts(FusedExperts):
     Each modeling file derives its own class under `@use_experts_implementation`, because transformers looks for the
     decorator in the source file of the model.
     """
+
+    WEIGHTS = ("up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
 
     def __init__(self, config):
         super().__init__(config)
@@ -123,18 +162,6 @@ class CSEExperts(FusedExperts):
     @_is_expert_parallel.setter
     def _is_expert_parallel(self, value: bool) -> None:
         self._some_experts_elsewhere = value
-
-    def run(self, states: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
-        """One expert a token, whatever implementation is configured: states (N, d), expert ids (N,) in [0, E), or E
-        for none where shapes do not depend on data; returns (N, d), zeros where there is no expert."""
-        if _is_single_token(states) and not self._some_experts_elsewhere:
-            return self._one(states, int(expert_ids))
-        arguments = (states, expert_ids.unsqueeze(-1), states.new_ones(len(states), 1))
-        dtype = _autocast_dtype(states)
-        if dtype is None:
-            return self(*arguments)
-        cast = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
-        return functional_call(self, cast, (arguments[0].to(dtype), *arguments[1:]))
 
     def _one(self, states: torch.Tensor, expert: int) -> torch.Tensor:
         states = self.act_fn(F.linear(states, self.up_proj[expert], self.up_proj_bias[expert]))
@@ -245,4 +272,4 @@ def _linear_by_group(states, weight, bias, groups):
     return answers[groups.inverse].to(states.dtype)
 
 
-__all__ = ["CSEAttentionExperts", "CSEExperts", "ExpertGroups", "FusedExperts", "QKV"]
+__all__ = ["CSEAttentionExperts", "CSEExperts", "ExpertGroups", "ExpertsEntrance", "FusedExperts", "QKV"]

@@ -27,14 +27,14 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_cse import CSEBertConfig
 from .dispatch_cse import RoutedAttention, RoutedFFN, RoutedModule, RoutedProjection, unchanged
-from .experts_cse import CSEExperts
+from .experts_cse import CSEExperts, ExpertsEntrance
 from .losses_cse import pretraining_loss, sums_over_the_step
 from .outputs_cse import CSEMaskedLMOutput, CSEPreTrainingOutput, carries_routing
 from .pretrained_cse import CSEBaseMixin, CSEPreTrainedMixin
 from .routing_cse import ClusterRouter, RoutingContext, warn_that_routes_see_the_future
 
 
-@use_experts_implementation(has_gate=False, has_bias=True)
+@use_experts_implementation(experts_interface=ExpertsEntrance(), has_gate=False, has_bias=True)
 class CSEBertExperts(CSEExperts):
     """The shared experts; transformers wants the decorator in this file."""
 
@@ -63,6 +63,10 @@ class CSEBertAttention(RoutedAttention, BertAttention):
             setattr(self.self, name, RoutedLinear(width, width, dispatch=self.dispatch, projection=name))
         self.output.dense = RoutedLinear(width, width, dispatch=self.dispatch, projection="out")
         self.context = RoutingContext()
+
+    def projections(self):
+        inner = {name: getattr(self.self, name) for name in ("query", "key", "value")}
+        return {**inner, "output.dense": self.output.dense}
 
     def base_weights(self, of=unchanged):
         inner = (self.self.query, self.self.key, self.self.value)

@@ -20,14 +20,14 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_cse import CSEGPT2Config
 from .dispatch_cse import RoutedAttention, RoutedFFN, RoutedModule, RoutedProjection, unchanged
-from .experts_cse import CSEExperts
+from .experts_cse import CSEExperts, ExpertsEntrance
 from .losses_cse import sums_over_the_step
 from .outputs_cse import CSECausalLMOutput, carries_routing
 from .pretrained_cse import CSEBaseMixin, CSEPreTrainedMixin
 from .routing_cse import ClusterRouter, RoutingContext, warn_that_routes_see_the_future
 
 
-@use_experts_implementation(has_gate=False, has_bias=True)
+@use_experts_implementation(experts_interface=ExpertsEntrance(), has_gate=False, has_bias=True)
 class CSEGPT2Experts(CSEExperts):
     """The shared experts; transformers wants the decorator in this file."""
 
@@ -70,6 +70,9 @@ class CSEGPT2Attention(RoutedAttention, GPT2Attention):
         self.c_attn = RoutedConv1D(3 * width, width, dispatch=self.dispatch, projection="qkv")
         self.c_proj = RoutedConv1D(width, width, dispatch=self.dispatch, projection="out")
         self.context = RoutingContext()
+
+    def projections(self):
+        return {"c_attn": self.c_attn, "c_proj": self.c_proj}
 
     def base_weights(self, of=unchanged):
         return {

@@ -26,7 +26,7 @@ def expert_shares(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> lis
     """
     base = model.base_model
     module = list(base.routed_modules().values())[-1]
-    counts = torch.zeros(module.experts.num_experts + 1, dtype=torch.float64)
+    counts = torch.zeros(module.num_experts + 1, dtype=torch.float64)
     was_training = model.training
     model.eval()
     for batch in batches:

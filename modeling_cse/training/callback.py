@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..clustering import ClusterSettings, move_clusters
 from ..dispatch_cse import RoutedModule, Site
-from .collecting import FeatureCollector, routed_base_model
+from .collecting import FeatureCollector, refuse_adapters, routed_base_model
 from .fitting import fit_layers
 from .gathering import gather_features, local_capacity, rank, world_size
 from .memory import ClusterMemory, file_name, load_state, save_state
@@ -115,6 +115,7 @@ class ClusterExpertsCallback(TrainerCallback):
     ):
         self.detach()
         self.automatic = None
+        refuse_adapters(model)
         self.base = routed_base_model(model)
         self._check_model()
         step = args.train_batch_size * args.gradient_accumulation_steps

@@ -33,6 +33,23 @@ def routed_base_model(model: nn.Module) -> nn.Module:
     return base
 
 
+def refuse_adapters(model: nn.Module) -> None:
+    """
+    Clusters are not fitted under PEFT adapters: adapter files hold neither routers nor new experts, so that a fit
+    would be lost when they are loaded, and an expert would start as a copy of the base without its adapter.
+
+    Raises:
+        ValueError: a module of the model is PEFT's.
+    """
+    names = sorted({type(part).__name__ for part in model.modules() if type(part).__module__.startswith("peft.")})
+    if names:
+        raise ValueError(
+            f"model with PEFT's {names} is not allowed where clusters are fitted: adapter files hold no clusters, so "
+            "that they would be lost. Fit first (ClusterExpertsCallback, fit_experts or from_dense), save the model, "
+            "and then train adapters without the callback; or merge_and_unload() the adapters before."
+        )
+
+
 _COLLECTORS: "WeakValueDictionary[int, FeatureCollector]" = WeakValueDictionary()
 _numbers = count()
 

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..clustering import ClusterSettings, LayerFit, RoutingFeatures, fit_layer, identities_of, write_fit
 from ..dispatch_cse import RoutedModule, Site
-from .collecting import FeatureCollector, routed_base_model
+from .collecting import FeatureCollector, refuse_adapters, routed_base_model
 from .gathering import gather_features, local_capacity, on_first_rank
 from .memory import ClusterMemory
 from .reading import INPUTS
@@ -57,9 +57,9 @@ def fit_layers(
         for site, sample in features.items():
             if sample is None:
                 raise ValueError(f"no sequence reached the router of {site}: there is nothing to cluster.")
-            router, experts = modules[site].router, modules[site].experts
+            router, slots = modules[site].router, modules[site].num_experts
             identities = memory.identities.get(site) or identities_of(router)
-            fits[site] = fit_layer(router, sample, settings, identities, experts.num_experts, drifting)
+            fits[site] = fit_layer(router, sample, settings, identities, slots, drifting)
         return fits
 
     fits = on_first_rank(compute)
@@ -117,7 +117,8 @@ def fit_experts(
         The metrics of the fit, by name, as the callback logs them.
 
     Raises:
-        ValueError: no batch, fewer sequences than clusters, features that are not finite, or a wrong setting.
+        ValueError: no batch, fewer sequences than clusters, features that are not finite, a wrong setting, or a model
+            under PEFT adapters.
     """
     unknown = sorted(set(settings) - {field.name for field in fields(ClusterSettings)})
     if unknown:
@@ -126,6 +127,7 @@ def fit_experts(
     least = (settings.cluster_range or (1,))[0]
     if not isinstance(sample_size, int) or sample_size < least:
         raise ValueError(f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={least}.")
+    refuse_adapters(model)
     base = routed_base_model(model)
     collector = FeatureCollector(model, local_capacity(sample_size), training_only=False)
     was_training = model.training
