@@ -15,6 +15,11 @@ ROUTINGS = ("discriminant", "sequence", "given")
 # Rows of the fused expert tensors must start on 16-byte boundaries for the grouped matrix product, in bf16 too.
 WIDTH_MULTIPLE = 8
 
+# PyTorch's grouped matrix product for accelerators starts one thread a group, and takes no more.
+MOST_EXPERTS = 1023
+# Far more than sequences of a sample can tell apart. It only keeps a slip of the pen from asking for all memory.
+MOST_CLUSTERS = 65536
+
 GPT2_AUTO_MAP = {
     "AutoConfig": "configuration_cse.CSEGPT2Config",
     "AutoModel": "modeling_cse_gpt2.CSEGPT2Model",
@@ -56,7 +61,7 @@ class CSEFlags:
             `"replace"`: a routed token goes through its expert instead of the base module, and experts start as
             copies of it (the paper). `"add"`: base plus expert, which starts with a zero output.
         cse_num_experts (`int`, defaults to 4):
-            Expert slots per layer.
+            Expert slots per layer, at most 1,023.
         cse_expert_size (`int`, *optional*):
             Width of an FFN expert, a multiple of 8. Default: the base width (`"replace"`), or the base width over the
             number of slots (`"add"`), rounded up to a multiple of 8. `"replace"` takes no width below the base's.
@@ -67,7 +72,8 @@ class CSEFlags:
         cse_radius_scaling (`bool`, defaults to `True`):
             `"sequence"` only: divide the distance to a centroid by the cluster's radius.
         cse_max_clusters (`int`, *optional*):
-            Clusters a router can hold, common ones included. Default: the larger of 16 and twice the slots.
+            Clusters a router can hold, common ones included, at most 65,536. Default: the larger of 16 and twice the
+            slots.
     """
 
     # `Any` keeps the type checks of `@strict` away: they raise an error class of their own, which is no ValueError.
@@ -94,35 +100,40 @@ class CSEFlags:
         indices = self.cse_layer_indices
         self._require_subset("cse_modules", MODULES)
         for flag, allowed in (("cse_combine", COMBINES), ("cse_routing", ROUTINGS)):
-            if getattr(self, flag) not in allowed:
+            if not isinstance(getattr(self, flag), str) or getattr(self, flag) not in allowed:
                 raise ValueError(f"{flag}={getattr(self, flag)!r} is not allowed: it must be one of {list(allowed)}.")
         for flag in ("cse_radius_scaling", "output_router_logits", "output_cluster_ids"):
             if not isinstance(getattr(self, flag), bool):
                 raise ValueError(f"{flag}={getattr(self, flag)!r} is not allowed: it must be a bool.")
-        if not _is_int(self.cse_num_experts) or self.cse_num_experts < 1:
-            raise ValueError(f"cse_num_experts={self.cse_num_experts!r} is not allowed: it must be an int >= 1.")
+        if not _is_int(self.cse_num_experts) or not 1 <= self.cse_num_experts <= MOST_EXPERTS:
+            raise ValueError(
+                f"cse_num_experts={self.cse_num_experts!r} is not allowed: it must be an int >= 1, at most "
+                f"{MOST_EXPERTS}."
+            )
         most = self.cse_max_clusters
-        if most is not None and (not _is_int(most) or most < 1):
-            raise ValueError(f"cse_max_clusters={most!r} is not allowed: it must be None or an int >= 1.")
-        if indices:
-            self._validate_widths()
+        if most is not None and (not _is_int(most) or not 1 <= most <= MOST_CLUSTERS):
+            raise ValueError(
+                f"cse_max_clusters={most!r} is not allowed: it must be None or an int >= 1, at most {MOST_CLUSTERS}."
+            )
+        if indices and self.hidden_size % WIDTH_MULTIPLE:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not allowed in a model with cse_layers: it must be a multiple of "
+                f"{WIDTH_MULTIPLE}."
+            )
+        self._validate_expert_size()
 
     def _require_subset(self, flag: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, flag)
         items = value if isinstance(value, list | tuple) else []
-        if not items or not all(item in allowed for item in items) or len(set(items)) != len(items):
+        known = all(isinstance(item, str) and item in allowed for item in items)
+        if not items or not known or len(set(items)) != len(items):
             raise ValueError(
                 f"{flag}={value!r} is not allowed: it must be a non-empty list out of {list(allowed)}, each at most "
                 "once."
             )
 
-    def _validate_widths(self) -> None:
+    def _validate_expert_size(self) -> None:
         size, base = self.cse_expert_size, self.base_ffn_size
-        if self.hidden_size % WIDTH_MULTIPLE:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not allowed in a model with cse_layers: it must be a multiple of "
-                f"{WIDTH_MULTIPLE}."
-            )
         if size is None:
             return
         least = base if self.cse_combine == "replace" else 1
@@ -137,10 +148,11 @@ class CSEFlags:
         """The layers of `cse_layers` as sorted indices from the front."""
         depth, layers = self.num_hidden_layers, self.cse_layers
         if layers is None:
-            layers = range(max(depth - 2, 0), depth)
-        elif layers == "auto":
-            layers = range(depth)
-        if isinstance(layers, str) or not hasattr(layers, "__iter__") or not all(_is_int(i) for i in layers):
+            return list(range(max(depth - 2, 0), depth))
+        if isinstance(layers, str) and layers == "auto":
+            return list(range(depth))
+        # what else can be walked through could not be saved
+        if not isinstance(layers, list | tuple) or not all(_is_int(i) for i in layers):
             raise ValueError(f"cse_layers={layers!r} is not allowed: it must be None, a list of ints, or 'auto'.")
         for index in layers:
             if not -depth <= index < depth:

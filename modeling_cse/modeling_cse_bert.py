@@ -161,6 +161,11 @@ class CSEBertModel(CSEBaseMixin, CSEBertPreTrainedModel, BertModel):
     def blocks(self) -> nn.ModuleList:
         return self.encoder.layer
 
+    def tables(self) -> dict[str, nn.Embedding]:
+        found = self.embeddings
+        names = {"input_ids": found.word_embeddings, "position_ids": found.position_embeddings}
+        return {**names, "token_type_ids": found.token_type_embeddings}
+
     def stock_block(self, index: int) -> nn.Module:
         return BertLayer(self.config, layer_idx=index)
 
@@ -178,6 +183,7 @@ class CSEBertModel(CSEBaseMixin, CSEBertPreTrainedModel, BertModel):
         given_clusters=None,
         **kwargs,
     ):
+        self.check_inputs(input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values)
         if self.config.cse_layer_indices:
             if self.config.cse_routing == "sequence" and self.config.is_decoder:
                 warn_that_routes_see_the_future(type(self).__name__)

@@ -132,6 +132,9 @@ class CSEGPT2Model(CSEBaseMixin, CSEGPT2PreTrainedModel, GPT2Model):
     def blocks(self) -> nn.ModuleList:
         return self.h
 
+    def tables(self) -> dict[str, nn.Embedding]:
+        return {"input_ids": self.wte, "position_ids": self.wpe, "token_type_ids": self.wte}
+
     def stock_block(self, index: int) -> nn.Module:
         return GPT2Block(self.config, layer_idx=index)
 
@@ -149,6 +152,7 @@ class CSEGPT2Model(CSEBaseMixin, CSEGPT2PreTrainedModel, GPT2Model):
         given_clusters=None,
         **kwargs,
     ):
+        self.check_inputs(input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values)
         if self.config.cse_layer_indices:
             if self.config.cse_routing == "sequence":
                 self._check_that_sequences_are_whole(past_key_values)

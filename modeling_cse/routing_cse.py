@@ -46,7 +46,7 @@ class SequenceScope(NamedTuple):
         mask = None if attention_mask is None else attention_mask.bool()
         if position_ids is None or position_ids.shape[-1] < 2:
             return cls(mask, None)
-        restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        restarts = position_ids[..., 1:] != position_ids[..., :-1] + 1  # (T,), which stock models take too, or (B, T)
         return cls(mask, F.pad(restarts.long().cumsum(-1), (1, 0)))
 
 
@@ -61,10 +61,19 @@ def sequence_means(states: torch.Tensor, scope: SequenceScope) -> tuple[torch.Te
     Returns:
         Means (S, d) fp32, the number of tokens behind each (S,) fp32, and the row of the means that each token
         belongs to (B, T) int64. With documents S is B * T, most of them empty: shapes must not depend on data.
+
+    Raises:
+        ValueError: the mask is of another shape. Upstream's attention cuts one that is too long.
     """
     batch, length, width = states.shape
+    if scope.mask is not None and scope.mask.shape not in ((batch, length), (1, length)):
+        raise ValueError(
+            f"attention_mask of shape {tuple(scope.mask.shape)} is not allowed where whole sequences are averaged: it "
+            f"must be ({batch}, {length}), as the states are."
+        )
     rows = torch.arange(batch, device=states.device).unsqueeze(1)
-    weights = states.new_ones(batch, length, dtype=torch.float32) if scope.mask is None else scope.mask.float()
+    weights = states.new_ones(batch, length, dtype=torch.float32)
+    weights = weights if scope.mask is None else scope.mask.float().expand(batch, -1)
     weighted = states.float() if scope.mask is None else states.float() * weights.unsqueeze(-1)
     if scope.segments is None:
         counts, sums, index = weights.sum(1), weighted.sum(1), rows.expand(batch, length)

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers.utils import logging  # noqa: E402
@@ -16,6 +17,11 @@ from transformers.utils import logging  # noqa: E402
 # Models this small gain nothing from a second thread, and wait for it whenever the machine is busy.
 torch.set_num_threads(1)
 logging.disable_progress_bar()
+
+# Random inputs: the same few in every run of the suite; with `--hypothesis-profile=thorough` many, new ones each time.
+hypothesis.settings.register_profile("suite", max_examples=60, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,8 @@ class Discriminant:
         with one_thread():
             weight = np.linalg.solve(self.covariance, self.means.T).T
         bias = np.log(self.priors) - 0.5 * (weight * self.means).sum(axis=1)
-        return weight.astype(np.float32), bias.astype(np.float32)
+        with np.errstate(over="ignore"):  # a fit that overflows is refused (fit_layer)
+            return weight.astype(np.float32), bias.astype(np.float32)
 
     def moved(self, shift: np.ndarray) -> "Discriminant":
         """The discriminant after the cluster means have moved by `shift` (K, d), covariance as it was."""

@@ -72,7 +72,7 @@ def fit_layer(
             are then found twice: those found first tell drift and texts apart.
 
     Raises:
-        ValueError: see `find_clusters`.
+        ValueError: see `find_clusters`; or features so large or small that routes of them overflow in fp32.
     """
     if drifting:
         check_finite(features.embeddings.numpy())
@@ -97,6 +97,7 @@ def fit_layer(
     tokens = features.tokens.numpy()
     discriminant = Discriminant.fit(*_flat(tokens[fitted], labels[fitted]), clustering.shares)
     fit = LayerFit(clustering, discriminant, ownership)
+    _check_range(features, fit.router_state())
     fit.metrics = {
         "clusters": len(clustering),
         "experts": int((ownership.experts >= 0).sum()),
@@ -111,6 +112,18 @@ def fit_layer(
         fit.metrics.update(_agreement_metrics(fit.weights, features[torch.from_numpy(held)], labels[held]))
     fit.metrics.update(_routing_metrics(router, fit, features))
     return fit
+
+
+def _check_range(features: RoutingFeatures, state: dict[str, torch.Tensor]) -> None:
+    """Whether a router can use this state: it takes squares and scores in fp32, which ends at 3e38."""
+    largest = max(float(states.abs().max()) for states in (features.embeddings, features.tokens))
+    room = torch.finfo(torch.float32).max / features.embeddings.shape[1]
+    endless = sorted(name for name, rows in state.items() if not rows.isfinite().all())
+    if endless or 4 * largest**2 > room:
+        raise ValueError(
+            f"routing features of up to {largest:.1e} are not allowed: {endless or 'distances'} overflow in fp32. "
+            f"They must be within {0.5 * room**0.5:.1e}, and not all of them next to 0: look at the activations."
+        )
 
 
 def _clusters(features: RoutingFeatures, settings: ClusterSettings, max_clusters: int) -> Clustering:

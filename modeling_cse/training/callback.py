@@ -85,13 +85,13 @@ class ClusterExpertsCallback(TrainerCallback):
         )
         self.schedule = FitSchedule(warmup, recluster_every, recluster_growth, recluster_until, update)
         least = (self.settings.cluster_range or (1,))[0]
-        if not isinstance(sample_size, int) or isinstance(sample_size, bool) or sample_size < least:
+        if not _is_count(sample_size, least):
             raise ValueError(f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={least}.")
         if ema_decay is not None and not self.schedule.moves:
             raise ValueError(f"ema_decay={ema_decay!r} is not allowed with update={update!r}, which moves nothing.")
-        if ema_decay is not None and (not isinstance(ema_decay, int | float) or not 0 <= ema_decay <= 1):
+        if ema_decay is not None and not _is_share(ema_decay):
             raise ValueError(f"ema_decay={ema_decay!r} is not allowed: it must be from 0 to 1.")
-        if layer_budget is not None and (not isinstance(layer_budget, int) or layer_budget < 1):
+        if layer_budget is not None and not _is_count(layer_budget, 1):
             raise ValueError(f"layer_budget={layer_budget!r} is not allowed: it must be None or an int >= 1.")
         self.sample_size, self.layer_budget = sample_size, layer_budget
         self.ema_decay = EMA_DECAY if ema_decay is None else ema_decay
@@ -315,6 +315,14 @@ class ClusterExpertsCallback(TrainerCallback):
                 f"from step {state.global_step}. Name the checkpoint in TrainingArguments(resume_from_checkpoint=...) "
                 "too, or resume from a complete one."
             )
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 __all__ = ["ClusterExpertsCallback"]

@@ -125,7 +125,7 @@ def fit_experts(
         raise ValueError(f"{unknown} is not allowed: fit_experts knows the fields of ClusterSettings and sample_size.")
     settings = ClusterSettings(**settings)
     least = (settings.cluster_range or (1,))[0]
-    if not isinstance(sample_size, int) or sample_size < least:
+    if not isinstance(sample_size, int) or isinstance(sample_size, bool) or sample_size < least:
         raise ValueError(f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={least}.")
     refuse_adapters(model)
     base = routed_base_model(model)

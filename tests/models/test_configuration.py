@@ -4,6 +4,7 @@
 import copy
 from itertools import product
 
+import numpy as np
 import pytest
 from tiny import CONFIGS, model_class, tiny_config, tiny_model
 from transformers import AutoConfig
@@ -13,6 +14,10 @@ WRONG = [
     ("cse_layers", "last", "list of ints"),
     ("cse_layers", 2, "list of ints"),
     ("cse_layers", [1.0], "list of ints"),
+    ("cse_layers", {0, 1}, "list of ints"),
+    ("cse_layers", {1: 2}, "list of ints"),
+    ("cse_layers", range(2), "list of ints"),
+    ("cse_layers", np.array([0, 1]), "list of ints"),
     ("cse_layers", [True], "list of ints"),
     ("cse_layers", [3], "from -3 to 2"),
     ("cse_layers", [-4], "from -3 to 2"),
@@ -26,9 +31,11 @@ WRONG = [
     ("cse_modules", ["attention", "head"], "'attention', 'ffn'"),
     ("cse_modules", {"attention": "ffn"}, "'attention', 'ffn'"),
     ("cse_modules", ["ffn", "ffn"], "at most once"),
+    ("cse_modules", [np.array(["ffn"])], "ffn"),
     ("cse_combine", "sum", "'replace', 'add'"),
     ("cse_combine", ["add"], "'replace', 'add'"),
     ("cse_combine", None, "'replace', 'add'"),
+    ("cse_combine", np.array(["add", "add"]), "'replace', 'add'"),
     ("cse_routing", "prefix", "'discriminant', 'sequence'"),
     ("cse_routing", None, "'discriminant', 'sequence'"),
     ("cse_routing", ["given"], "'sequence', 'given'"),
@@ -38,6 +45,7 @@ WRONG = [
     ("cse_num_experts", "4", "int >= 1"),
     ("cse_num_experts", True, "int >= 1"),
     ("cse_num_experts", None, "int >= 1"),
+    ("cse_num_experts", 1024, "at most 1023"),
     ("cse_expert_size", 0, "multiple of 8"),
     ("cse_expert_size", -8, "multiple of 8"),
     ("cse_expert_size", 132, "multiple of 8"),
@@ -48,6 +56,7 @@ WRONG = [
     ("cse_max_clusters", True, "int >= 1"),
     ("cse_max_clusters", "16", "int >= 1"),
     ("cse_max_clusters", 16.0, "int >= 1"),
+    ("cse_max_clusters", 2**50, "at most 65536"),
     ("cse_radius_scaling", "yes", "bool"),
     ("cse_radius_scaling", 1, "bool"),
     ("cse_radius_scaling", None, "bool"),
@@ -82,6 +91,11 @@ def test_wrong_value_set_afterwards_is_refused_by_the_model(family, flag, value,
     setattr(config, flag, value)
     with pytest.raises(ValueError, match=flag):
         model_class(family, "Model")(config)
+
+
+def test_a_wrong_width_of_experts_is_refused_without_a_layer_that_reads_it(family):
+    with pytest.raises(ValueError, match="cse_expert_size=-8.*multiple of 8"):
+        tiny_config(family, cse_layers=[], cse_expert_size=-8)
 
 
 def test_override_is_checked_when_a_model_is_loaded(family, tmp_path):
