@@ -5,7 +5,7 @@ Shapes are named in routing_cse.py.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,29 @@ class Site(NamedTuple):
         return cls(int(head[6:]), module)
 
 
+def is_quantized(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds codes: integers (bitsandbytes), or a class of its own that knows how to undo it
+    (torchao)."""
+    return not tensor.is_floating_point() or type(tensor).dequantize is not torch.Tensor.dequantize
+
+
 def unchanged(parameter: nn.Parameter) -> torch.Tensor:
+    """The base parameter itself.
+
+    Raises:
+        ValueError: it is quantised, or offloaded, so that no expert can start from it.
+    """
+    if parameter.is_meta:
+        raise ValueError(
+            "A base weight on the meta device is not allowed where experts start from the base. If it was offloaded "
+            "(device_map, cpu_offload, disk_offload), load the model without that."
+        )
+    if is_quantized(parameter):
+        raise ValueError(
+            f"A base weight of type {type(parameter).__name__} and dtype {parameter.dtype} is not allowed where "
+            "experts start from the base: it must be a plain floating tensor. Fit the clusters first, save the model, "
+            "and load it quantised then."
+        )
     return parameter
 
 
@@ -81,6 +103,14 @@ class RoutedModule:
     @property
     def combine(self) -> str:
         return self.router.config.cse_combine
+
+    def check_base(self) -> None:
+        """Says at the start of a fit what would otherwise fail at its end.
+
+        Raises:
+            ValueError: experts cannot start from this base; see `unchanged`.
+        """
+        self.base_weights(of=lambda parameter: torch.empty(unchanged(parameter).shape, device="meta"))
 
     def fill_expert(self, slot: int, generator: torch.Generator) -> None:
         """Starts the expert of a slot from the base (`FusedExperts.fill`)."""
@@ -156,9 +186,10 @@ class RoutedFFN(RoutedModule):
 class RoutedAttention(RoutedModule):
     """
     What the attentions of both families share. Their stock `forward` calls the projections one by one; those that
-    have experts are `RoutedProjection`s and look up here where the tokens of this forward pass go.
+    have experts are `RoutedProjection`s and look up here where the tokens of this forward pass go. Whatever takes
+    their place has to call them (as adapters do) or to be made one of them (`RoutedProjection.hand_over`).
 
-    A class with this mixin calls `route` before its stock `forward`, and names its `projections()`.
+    This mixin stands before the stock attention. A class with it names its `projections()`.
     """
 
     def add_experts(self, config) -> None:
@@ -186,7 +217,9 @@ class RoutedAttention(RoutedModule):
             if not any(isinstance(part, RoutedProjection) for part in module.modules()):
                 raise ValueError(
                     f"{name}={kind} is not allowed in an attention with experts: it was put in the place of a "
-                    "projection that sends tokens to them, so that all would pass them over. Leave the attention out."
+                    "projection that sends tokens to them, so that all would pass them over. Quantise with "
+                    "from_pretrained(quantization_config=...), replace by model.set_submodule(name, module), or leave "
+                    "the attention out."
                 )
             if self.combine == "replace":
                 raise ValueError(
@@ -195,6 +228,32 @@ class RoutedAttention(RoutedModule):
                     "once it is merged. Leave the attention's projections out (exclude_modules), and adapt the "
                     "experts: target_parameters=['experts.qkv_proj', 'experts.out_proj']."
                 )
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
+        self.route(hidden_states, self.context)
+        try:
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:
+            self.dispatch.clear()
+
+
+class RoutedBlock:
+    """
+    A block of which some modules (`routed_parts`) have experts. Stands before the stock block.
+
+    They get the context of the forward pass, also when a checkpointed block is computed again, and keep it no longer
+    than that: what stays behind would hold its memory, and mix with what is traced next.
+    """
+
+    def forward(self, *args, routing_context: RoutingContext = RoutingContext(), **kwargs):
+        parts = self.routed_parts().values()
+        for module in parts:
+            module.context = routing_context
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            for module in parts:
+                module.context = RoutingContext()
 
 
 class AttentionDispatch:
@@ -210,6 +269,10 @@ class AttentionDispatch:
         self.tokens = tokens
         self.groups = ExpertGroups.of(tokens.expert_ids, self.attention.num_experts)
 
+    def clear(self) -> None:
+        """Forgets the route, for the reasons of `RoutedBlock`."""
+        self.tokens = self.groups = None
+
     def __call__(self, states: torch.Tensor, base: Callable, projection: str) -> torch.Tensor:
         answer = partial(self.attention.experts, groups=self.groups, projection=projection)
         return self.attention.mix(states, self.tokens, base, answer)
@@ -224,8 +287,27 @@ class RoutedProjection:
         self.dispatch = dispatch
         self.projection = projection
 
+    def hand_over(self, module: nn.Module) -> None:
+        """Makes a module that is to stand here, like a quantised linear layer, a routed projection as well."""
+        module.__class__ = routed_class(type(module))
+        module.dispatch, module.projection = self.dispatch, self.projection
+
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         return self.dispatch(states, super().forward, self.projection)
 
 
-__all__ = ["RoutedAttention", "RoutedFFN", "RoutedModule", "RoutedProjection", "RoutedTokens", "Site"]
+@cache
+def routed_class(base: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Routed{base.__name__}", (RoutedProjection, base), {})
+
+
+__all__ = [
+    "RoutedAttention",
+    "RoutedBlock",
+    "RoutedFFN",
+    "RoutedModule",
+    "RoutedProjection",
+    "RoutedTokens",
+    "Site",
+    "is_quantized",
+]

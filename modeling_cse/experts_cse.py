@@ -28,7 +28,8 @@ def _autocast_dtype(states: torch.Tensor) -> torch.dtype | None:
 def _is_single_token(states: torch.Tensor) -> bool:
     """Whether this is the one token that a text has grown by. Its expert is a plain linear layer then, without the
     sorting of grouped products, which would take as long as the product itself (docs/evidence/speed.md)."""
-    return len(states) == 1 and not torch.is_grad_enabled() and shapes_may_depend_on_data(states)
+    # `len` would tie what torch.export traces to the size of its example
+    return states.shape[0] == 1 and not torch.is_grad_enabled() and shapes_may_depend_on_data(states)
 
 
 class FusedExperts(nn.Module):
@@ -192,7 +193,10 @@ class ExpertGroups(NamedTuple):
         """Groups expert ids (N,) in [0, E], without reading them on the host."""
         sorted_ids, order = torch.sort(expert_ids, stable=True)
         places = torch.arange(num_experts, device=expert_ids.device)
-        ends = torch.searchsorted(sorted_ids, places, right=True).to(torch.int32)
+        # The grouped product of ONNX, as transformers translates it, gives back no row beyond the last group: rows
+        # without an expert are part of it then, and are masked as ever.
+        grouped = sorted_ids.clamp(max=num_experts - 1) if torch.compiler.is_exporting() else sorted_ids
+        ends = torch.searchsorted(grouped, places, right=True).to(torch.int32)
         return cls(order, torch.argsort(order), sorted_ids, ends)
 
 
@@ -252,7 +256,7 @@ class CSEAttentionExperts(FusedExperts):
 
 def _linear_by_loop(states, weight, bias, groups):
     """Visits every expert, also one without tokens: see `CSEExperts.forward`."""
-    output = states.new_zeros(len(states), weight.shape[1])
+    output = states.new_zeros(states.shape[0], weight.shape[1])
     for expert in range(len(weight)):
         token = groups.order[groups.sorted_ids == expert]
         output = output.index_add(0, token, F.linear(states[token], weight[expert], bias[expert]).to(output.dtype))

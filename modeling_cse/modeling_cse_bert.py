@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_cse import CSEBertConfig
-from .dispatch_cse import RoutedAttention, RoutedFFN, RoutedModule, RoutedProjection, unchanged
+from .dispatch_cse import RoutedAttention, RoutedBlock, RoutedFFN, RoutedModule, RoutedProjection, unchanged
 from .experts_cse import CSEExperts, ExpertsEntrance
 from .losses_cse import pretraining_loss, sums_over_the_step
 from .outputs_cse import CSEMaskedLMOutput, CSEPreTrainingOutput, carries_routing
@@ -77,12 +77,8 @@ class CSEBertAttention(RoutedAttention, BertAttention):
             "out_proj_bias": of(self.output.dense.bias),
         }
 
-    def forward(self, hidden_states, *args, **kwargs):
-        self.route(hidden_states, self.context)
-        return super().forward(hidden_states, *args, **kwargs)
 
-
-class CSEBertLayer(RoutedFFN, BertLayer):
+class CSEBertLayer(RoutedBlock, RoutedFFN, BertLayer):
     """The stock layer with experts beside its FFN, its attention, or both."""
 
     def __init__(self, config: CSEBertConfig, layer_idx: int | None = None):
@@ -123,11 +119,6 @@ class CSEBertLayer(RoutedFFN, BertLayer):
             "down_proj": of(self.output.dense.weight),
             "down_proj_bias": of(self.output.dense.bias),
         }
-
-    def forward(self, *args, routing_context: RoutingContext = RoutingContext(), **kwargs):
-        for module in self.routed_parts().values():
-            module.context = routing_context
-        return super().forward(*args, **kwargs)
 
     def feed_forward_chunk(self, attention_output):
         if "ffn" not in self.modules_with_experts:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_cse import CSEGPT2Config
-from .dispatch_cse import RoutedAttention, RoutedFFN, RoutedModule, RoutedProjection, unchanged
+from .dispatch_cse import RoutedAttention, RoutedBlock, RoutedFFN, RoutedModule, RoutedProjection, unchanged
 from .experts_cse import CSEExperts, ExpertsEntrance
 from .losses_cse import sums_over_the_step
 from .outputs_cse import CSECausalLMOutput, carries_routing
@@ -82,13 +82,9 @@ class CSEGPT2Attention(RoutedAttention, GPT2Attention):
             "out_proj_bias": of(self.c_proj.bias),
         }
 
-    def forward(self, hidden_states, *args, **kwargs):
-        self.route(hidden_states, self.context)
-        return super().forward(hidden_states, *args, **kwargs)
 
-
-class CSEGPT2Block(GPT2Block):
-    """Hands its modules the context of the forward pass, also when a checkpointed block is computed again."""
+class CSEGPT2Block(RoutedBlock, GPT2Block):
+    """The stock block with experts in its FFN, its attention, or both."""
 
     def __init__(self, config: CSEGPT2Config, layer_idx: int | None = None):
         super().__init__(config, layer_idx=layer_idx)
@@ -100,11 +96,6 @@ class CSEGPT2Block(GPT2Block):
     def routed_parts(self) -> dict[str, RoutedModule]:
         named = {"attention": self.attn, "ffn": self.mlp}
         return {name: module for name, module in named.items() if isinstance(module, RoutedModule)}
-
-    def forward(self, *args, routing_context: RoutingContext = RoutingContext(), **kwargs):
-        for module in self.routed_parts().values():
-            module.context = routing_context
-        return super().forward(*args, **kwargs)
 
 
 class CSEGPT2PreTrainedModel(CSEPreTrainedMixin, GPT2PreTrainedModel):

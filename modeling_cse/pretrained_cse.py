@@ -2,10 +2,15 @@
 """What every model of both families does when it is built, initialised and loaded."""
 
 import torch
+from torch import nn
+from transformers.utils import logging
 
-from .dispatch_cse import RoutedModule, Site
+from .dispatch_cse import RoutedModule, RoutedProjection, Site, is_quantized
 from .experts_cse import FusedExperts
 from .routing_cse import ClusterRouter, shapes_may_depend_on_data
+
+
+logger = logging.get_logger(__name__)
 
 
 class OutOfTreeMixin:
@@ -45,10 +50,12 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
-        """As upstream, dense checkpoints included (their missing keys are experts and routers).
+        """As upstream, dense checkpoints included (their missing keys are experts and routers). With a
+        `quantization_config` a warning says how much of the model is not quantised, its experts first of all.
 
         Raises:
-            ValueError: the checkpoint has experts but lacks their router, so that nothing could ever be routed.
+            ValueError: the checkpoint has experts but lacks their router, so that nothing could ever be routed; or
+                the `quantization_config` names experts or routers.
         """
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -62,7 +69,37 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
                 f"The checkpoint {pretrained_model_name_or_path!r} has experts but lacks the routing state "
                 f"{lost}: it was cut or edited. Save it again with save_pretrained."
             )
+        if getattr(model, "is_quantized", False) and model.config.cse_layer_indices:
+            model._check_what_is_quantized()
         return (model, info) if output_loading_info else model
+
+    def _check_what_is_quantized(self) -> None:
+        # torchao can be told to quantise any parameter or buffer, but grouped products and routes take no codes
+        for name, module in self.named_modules():
+            if isinstance(module, FusedExperts | ClusterRouter):
+                for own, tensor in (*module.named_parameters(), *module.named_buffers()):
+                    if tensor.is_floating_point() and is_quantized(tensor):
+                        raise ValueError(
+                            f"quantization_config quantises {name}.{own}, which is not allowed: fused experts and "
+                            "routers must keep their floating types. Leave them out of it."
+                        )
+        # Upstream converts modules that it knows, and passes over fused experts without a word.
+        experts = {id(p) for m in self.modules() if isinstance(m, FusedExperts) for p in m.parameters()}
+        plain = {id(p): p.numel() for p in self.parameters() if not is_quantized(p)}
+        inside, everything = sum(plain.get(each, 0) for each in experts), self.num_parameters()
+        logger.warning(
+            f"{type(self).__name__} is loaded with {self.quantization_method.value} quantisation, which passes over "
+            f"experts: {inside:,} weights of theirs, {inside / everything:.0%} of the model, are not quantised. With "
+            f"embeddings and all else that is not, it is {sum(plain.values()) / everything:.0%}."
+        )
+
+    def set_submodule(self, target: str, module: nn.Module, strict: bool = False) -> None:
+        """As upstream. Quantisers put their own linear layers in the place of others by it; one that replaces a
+        projection of an attention with experts becomes a routed projection."""
+        old = self.get_submodule(target)
+        super().set_submodule(target, module, strict)
+        if isinstance(old, RoutedProjection) and not any(each is old for each in module.modules()):
+            old.hand_over(module)
 
 
 class CSEBaseMixin:

@@ -272,7 +272,10 @@ class ClusterRouter(nn.Module):
     def nearness(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Minus the distance of sequence embeddings (S, d) fp32 to each centroid, over its radius if
         `cse_radius_scaling` (the paper's dispatch rule): (S, C)."""
-        distance = torch.cdist(embeddings, self.centroids, compute_mode="donot_use_mm_for_euclid_dist")
+        if torch.compiler.is_exporting():  # ONNX has no `cdist`
+            distance = (embeddings.unsqueeze(1) - self.centroids).norm(dim=-1)
+        else:
+            distance = torch.cdist(embeddings, self.centroids, compute_mode="donot_use_mm_for_euclid_dist")
         return -(distance / self.radii if self.radius_scaling else distance)
 
 

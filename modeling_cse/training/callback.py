@@ -193,6 +193,8 @@ class ClusterExpertsCallback(TrainerCallback):
 
     def _check_model(self) -> None:
         """Says at the start what would otherwise fail at the end of warm-up."""
+        for module in self._modules():
+            module.check_base()
         most = min(module.router.max_clusters for module in self._modules())
         asked = self.settings.cluster_range
         if asked is not None and asked[0] > most:

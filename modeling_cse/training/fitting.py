@@ -117,8 +117,8 @@ def fit_experts(
         The metrics of the fit, by name, as the callback logs them.
 
     Raises:
-        ValueError: no batch, fewer sequences than clusters, features that are not finite, a wrong setting, or a model
-            under PEFT adapters.
+        ValueError: no batch, fewer sequences than clusters, features that are not finite, a wrong setting, a quantised
+            base, or a model under PEFT adapters.
     """
     unknown = sorted(set(settings) - {field.name for field in fields(ClusterSettings)})
     if unknown:
@@ -129,6 +129,8 @@ def fit_experts(
         raise ValueError(f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={least}.")
     refuse_adapters(model)
     base = routed_base_model(model)
+    for module in base.routed_modules().values():
+        module.check_base()
     collector = FeatureCollector(model, local_capacity(sample_size), training_only=False)
     was_training = model.training
     model.eval()

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from .. import modeling_cse_bert, modeling_cse_gpt2
 from ..clustering import ClusterSettings
 from ..configuration_cse import BERT_AUTO_MAP, GPT2_AUTO_MAP, WIDTH_MULTIPLE, CSEFlags
+from ..dispatch_cse import is_quantized
 from .fitting import fit_experts
 from .reading import read_batches
 
@@ -156,6 +157,11 @@ def _head_of(
 
 
 def _check_uniform(model: PreTrainedModel) -> None:
+    if any(is_quantized(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            f"checkpoint={type(model).__name__} with quantised weights is not allowed: all parameters must be plain "
+            "floating tensors. Take experts over first, save, and load with a quantization_config then."
+        )
     for name, found in (
         ("dtypes", {str(parameter.dtype) for parameter in model.parameters()}),
         ("devices", {str(parameter.device) for parameter in model.parameters()}),
