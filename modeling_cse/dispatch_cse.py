@@ -13,6 +13,7 @@ from torch import nn
 
 from .experts_cse import CSEAttentionExperts, ExpertGroups, FusedExperts
 from .routing_cse import ClusterRouter, RoutingContext, shapes_may_depend_on_data
+from .sharding_cse import whole
 
 
 class Site(NamedTuple):
@@ -114,7 +115,7 @@ class RoutedModule:
 
     def fill_expert(self, slot: int, generator: torch.Generator) -> None:
         """Starts the expert of a slot from the base (`FusedExperts.fill`)."""
-        self.experts.fill(slot, self.base_weights(), generator)
+        self.experts.fill(slot, self.base_weights(of=lambda parameter: whole(unchanged(parameter))), generator)
 
     def route_tokens(self, hidden_states: torch.Tensor, context: RoutingContext) -> RoutedTokens:
         """Routes (B, T, d) states."""
@@ -164,9 +165,13 @@ class RoutedModule:
         return torch.where(routed, answers, output)
 
     def _experts_must_have_gradients(self) -> bool:
-        """DistributedDataParallel waits for a gradient of every parameter, also in a batch that routes nothing."""
+        """DistributedDataParallel waits for a gradient of every parameter, also in a batch that routes nothing. Where
+        experts are in use one process gives it too: without a gradient the optimizer passes experts over, with a zero
+        one their momentum goes on, and a run must not depend on how many processes share its batches."""
+        if not (torch.is_grad_enabled() and self.training):
+            return False
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return distributed and torch.is_grad_enabled() and self.training
+        return distributed or self.router.num_clusters > 0
 
 
 class RoutedFFN(RoutedModule):

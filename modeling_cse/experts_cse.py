@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from .routing_cse import shapes_may_depend_on_data
+from .sharding_cse import write_slot
 
 
 def _autocast_dtype(states: torch.Tensor) -> torch.dtype | None:
@@ -78,7 +79,7 @@ class FusedExperts(nn.Module):
         if self.combine == "replace":
             self.lay_base(base, tensors)
         for name, parameter in self.named_parameters():
-            parameter[slot] = tensors[name].to(parameter)
+            write_slot(parameter, slot, tensors[name])
 
 
 class ExpertsEntrance:

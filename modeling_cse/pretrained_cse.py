@@ -40,6 +40,12 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
         config.validate_cse_flags()
         super().__init__(config, *args, **kwargs)
 
+    def post_init(self):
+        self._no_split_modules = set(type(self)._no_split_modules or ())
+        super().post_init()
+        # accelerate's FSDP refuses a name of which there is no module: all layers, or none, may have experts
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -47,6 +53,15 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
             module.init_weights()
         elif isinstance(module, ClusterRouter):
             module.reset_buffers()
+
+    def save_pretrained(self, *args, **kwargs):
+        # fully_shard gives the model a class of torch's, and upstream would save that one's code and name
+        spread = type(self)
+        self.__class__ = next(cls for cls in spread.__mro__ if not cls.__module__.startswith("torch."))
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = spread
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):

@@ -23,16 +23,20 @@ class RoutingFeatures:
         tokens (N, m, d) fp32: states of single tokens, spread over the sequence.
         positions (N, m) int64: where in its sequence each of them stood; -1 where a sequence had no token at all.
         labels (N,) int64: the cluster that came with the batch, -1 where none did.
+        passes (N,) int64: the number of the forward pass in which each was seen. Processes count alike.
     """
 
     embeddings: torch.Tensor
     tokens: torch.Tensor
     positions: torch.Tensor
     labels: torch.Tensor | None = None
+    passes: torch.Tensor | None = None
 
     def __post_init__(self):
         if self.labels is None:
             self.labels = self.positions.new_full((len(self),), -1)
+        if self.passes is None:
+            self.passes = self.positions.new_zeros(len(self))
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -49,8 +53,9 @@ class RoutingFeatures:
         return self._each(torch.Tensor.cpu)
 
     def without_tokens(self) -> "RoutingFeatures":
-        """For those who only look at embeddings: ranks have less to send each other."""
-        return replace(self, tokens=self.tokens[:, :0], positions=self.positions[:, :0])
+        """For those who only look at embeddings: ranks have less to send each other. One position stays, for
+        `present`."""
+        return replace(self, tokens=self.tokens[:, :0], positions=self.positions[:, :1])
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RoutingFeatures":
         return RoutingFeatures(**{name: change(tensor) for name, tensor in vars(self).items()})
@@ -140,13 +145,16 @@ class FeatureStore:
         self.parts: list[RoutingFeatures] = []
         self.seen = 0
         self._taken = 0
+        self._next_pass = 0
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
     def add(self, features: RoutingFeatures) -> None:
+        """Takes what one forward pass gave."""
         self.seen += len(features)
-        self.parts.append(features)
+        self.parts.append(replace(features, passes=torch.full_like(features.passes, self._next_pass)))
+        self._next_pass += 1
         surplus = len(self) - self.capacity
         while surplus > 0:
             dropped = min(surplus, len(self.parts[0]))
@@ -182,3 +190,5 @@ class FeatureStore:
         """Takes up what a checkpoint holds."""
         self.parts = [] if features is None else [features]
         self.seen = self._taken = seen
+        # every process has kept something of the last pass, or all have been cleared
+        self._next_pass = int(features.passes.max()) + 1 if self.parts else 0

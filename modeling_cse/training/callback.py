@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..clustering import ClusterSettings, move_clusters
 from ..dispatch_cse import RoutedModule, Site
+from ..sharding_cse import is_sharded
 from .collecting import FeatureCollector, refuse_adapters, routed_base_model
 from .fitting import fit_layers
 from .gathering import gather_features, local_capacity, rank, world_size
@@ -17,6 +18,7 @@ from .memory import ClusterMemory, file_name, load_state, save_state
 from .moments import IdleSlots, start_moments
 from .schedule import FitSchedule
 from .warmup import AutomaticWarmup
+from .zero import check_stage
 
 
 logger = logging.get_logger(__name__)
@@ -118,8 +120,9 @@ class ClusterExpertsCallback(TrainerCallback):
         refuse_adapters(model)
         self.base = routed_base_model(model)
         self._check_model()
+        check_stage(model)
         step = args.train_batch_size * args.gradient_accumulation_steps
-        capacity = local_capacity(self.sample_size)
+        capacity = local_capacity(self.sample_size, args.train_batch_size)
         self.collector = FeatureCollector(model, max(capacity, step) if self.schedule.moves else capacity)
         self.memory = ClusterMemory()
         if state.global_step > 0:
@@ -169,7 +172,14 @@ class ClusterExpertsCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.detach()
-        if self._budget() is not None and self.memory.fits:
+        if self._budget() is None or not self.memory.fits:
+            return
+        if any(is_sharded(parameter) for parameter in self.base.parameters()):
+            logger.warning(
+                "Layers without clusters stay layers with experts, because FSDP has spread them. Load the saved model "
+                "and call drop_idle_layers() of its base model: no logit changes by it."
+            )
+        else:
             self.base.drop_idle_layers()
 
     # ---- what they do --------------------------------------------------------------------------------------------
@@ -268,7 +278,7 @@ class ClusterExpertsCallback(TrainerCallback):
     def _fit(self, optimizer: Optimizer) -> dict[str, float]:
         sites = self._sites()
         first = not any(module.router.num_clusters for module in self._modules())
-        features = gather_features({site: self.collector.stores[site].all() for site in sites})
+        features = gather_features({site: self.collector.stores[site].as_it_is() for site in sites}, self.sample_size)
         budget = self._budget() if first else None
         metrics, filled = fit_layers(self.base, features, self.settings, self.memory, budget, drifting=True)
         modules = self.base.routed_modules()
@@ -281,7 +291,8 @@ class ClusterExpertsCallback(TrainerCallback):
 
     def _move(self) -> None:
         newest = {site: self.collector.stores[site].newest() for site in self.memory.discriminants}
-        newest = gather_features({site: part and part.without_tokens() for site, part in newest.items()})
+        # not "part and ...": a process whose rows were all padding has features, but of no sequence
+        newest = gather_features({s: None if part is None else part.without_tokens() for s, part in newest.items()})
         for site, features in newest.items():
             if features is not None:
                 self.memory.discriminants[site] = move_clusters(

@@ -17,6 +17,7 @@ from torch import nn
 from ..clustering import FeatureStore, RoutingFeatures, sample_features
 from ..dispatch_cse import Site
 from ..routing_cse import SequenceScope
+from .gathering import rank, world_size
 
 
 def routed_base_model(model: nn.Module) -> nn.Module:
@@ -149,7 +150,9 @@ class FeatureCollector:
             return
         self._waiting.remove(site)
         store = self.stores[Site.parse(site)]
-        store.add(sample_features(states, self._scope, self.tokens_per_sequence, store.seen, self._labels))
+        # the number that these sequences would have in one process
+        offset = store.seen * world_size() + rank() * len(states)
+        store.add(sample_features(states, self._scope, self.tokens_per_sequence, offset, self._labels))
 
     def take(self) -> dict[Site, RoutingFeatures | None]:
         """What was collected, by site; the stores are empty afterwards."""

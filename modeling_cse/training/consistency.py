@@ -233,7 +233,9 @@ class GradientConsistency:
         everyone = SequenceGradients.concatenate([part for part, _ in parts])
         scores = sentence_frequency_scores(everyone.tokens, sum(counts for _, counts in parts))
         usable = everyone.sketches.isfinite().all(1) & scores.isfinite()
-        sketches, scores, steps = everyone.sketches[usable], scores[usable], everyone.steps[usable]
+        # in the order of one process, which decides between equal scores
+        order = usable.nonzero().flatten()[everyone.steps[usable].argsort(stable=True)]
+        sketches, scores, steps = everyone.sketches[order], scores[order], everyone.steps[order]
         tail = scores.argsort(stable=True)[: math.ceil(self.tail_share * len(scores))]
         if not len(tail):
             return dict.fromkeys(METRICS, math.nan)

@@ -4,7 +4,6 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 
 from ..clustering import RoutingFeatures
@@ -27,18 +26,32 @@ def gather_objects(own: T) -> list[T]:
     return everyone
 
 
-def gather_features(features: dict[Site, RoutingFeatures | None]) -> dict[Site, RoutingFeatures | None]:
-    """Joins the features of all ranks, in the order in which they were taken. A rank may have none."""
-    if not is_distributed():
-        return features
+def gather_features(
+    features: dict[Site, RoutingFeatures | None], newest: int | None = None
+) -> dict[Site, RoutingFeatures | None]:
+    """
+    Joins the features of all ranks, in the order in which one process with the same global batch would have taken
+    them: by forward pass, and within one by rank. What is fitted must not depend on how many processes there are.
+
+    Args:
+        features: of this rank, oldest first. A rank may have none.
+        newest: keep so many of the last, over all ranks. None: all.
+
+    Returns:
+        Those of them that had a token; None where there is none.
+    """
     everyone = gather_objects(features)
-    joined = {}
-    for site in features:
-        parts = [own[site] for own in everyone if own[site] is not None]
-        # Ranks collect side by side: what each took at the same share of its sample stands together.
-        time = torch.cat([torch.linspace(0, 1, len(part)) for part in parts]) if parts else None
-        joined[site] = RoutingFeatures.concatenate(parts)[time.argsort(stable=True)] if parts else None
-    return joined
+    return {site: _joined([own[site] for own in everyone], newest) for site in features}
+
+
+def _joined(parts: list[RoutingFeatures | None], newest: int | None) -> RoutingFeatures | None:
+    parts = [part for part in parts if part is not None and len(part)]
+    if not parts:
+        return None
+    whole = RoutingFeatures.concatenate(parts)
+    # the capacity of a store counts sequences without a token too
+    kept = whole[whole.passes.argsort(stable=True)[-(newest or 0) :]].present()
+    return kept if len(kept) else None
 
 
 def on_first_rank(compute: Callable[[], T]) -> T:
@@ -59,9 +72,10 @@ def on_first_rank(compute: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def local_capacity(sample_size: int) -> int:
-    """Sequences that each rank keeps, so that all together keep about `sample_size`."""
-    return -(-sample_size // dist.get_world_size()) if is_distributed() else sample_size
+def local_capacity(sample_size: int, batch_size: int = 1) -> int:
+    """Sequences that each rank keeps, so that the last `sample_size` of all ranks are among them where every rank
+    adds `batch_size` at a time."""
+    return -(-sample_size // dist.get_world_size()) + batch_size - 1 if is_distributed() else sample_size
 
 
 def world_size() -> int:

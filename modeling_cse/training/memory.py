@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from ..clustering import Discriminant, FeatureStore, Identities, RoutingFeatures
 from ..dispatch_cse import Site
+from .gathering import world_size
 
 
 def file_name(rank: int) -> str:
@@ -66,7 +67,7 @@ def save_state(folder: Path, rank: int, step: int, memory: ClusterMemory, stores
         features = store.as_it_is()
         if features is not None:
             named.update({f"features.{site}.{name}": tensor for name, tensor in vars(features).items()})
-    metadata = {"step": str(step), "fits": str(memory.fits), "seen": json.dumps(seen)}
+    metadata = {"step": str(step), "fits": str(memory.fits), "seen": json.dumps(seen), "processes": str(world_size())}
     target = folder / file_name(rank)
     partial = target.with_suffix(".partial")
     save_file({name: tensor.contiguous() for name, tensor in named.items()}, partial, metadata=metadata)
@@ -78,7 +79,7 @@ def load_state(folder: Path, rank: int, step: int, memory: ClusterMemory, stores
     Reads what `save_state` wrote.
 
     Raises:
-        ValueError: the file is cut short, or belongs to another step.
+        ValueError: the file is cut short, or belongs to another step or number of processes.
     """
     path = folder / file_name(rank)
     try:
@@ -91,6 +92,13 @@ def load_state(folder: Path, rank: int, step: int, memory: ClusterMemory, stores
         raise ValueError(f"{path} is not the clustering state of this model: its experts are at {sorted(sites)}.")
     if int(metadata["step"]) != step:
         raise ValueError(f"{path} was written at step {metadata['step']}, but the checkpoint is of step {step}.")
+    processes = int(metadata.get("processes", world_size()))
+    if processes != world_size():
+        raise ValueError(
+            f"{path} was written by a run of {processes} processes, and each holds a part of the sample for the next "
+            f"fit: a run of {world_size()} cannot go on exactly from there. Resume with {processes}, or start a new "
+            "run from the checkpoint's model (from_pretrained, warmup=0)."
+        )
     memory.fits = int(metadata["fits"])
     memory.load(named)
     seen = json.loads(metadata["seen"])

@@ -1,11 +1,15 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """What an optimizer remembers of expert slots: at their start, and while no cluster routes to them."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from transformers.utils import logging
 
 from ..dispatch_cse import RoutedModule
+from ..sharding_cse import slots_here, values_here, whole, write_slot
+from .zero import MOMENTS, has_copies, moments_of, write_copies, write_moments
 
 
 logger = logging.get_logger(__name__)
@@ -31,18 +35,29 @@ def start_moments(optimizer: torch.optim.Optimizer, module: RoutedModule, slots:
         module: whose experts start.
         slots: the expert slots that changed hands.
     """
+    if slots and has_copies(module):
+        _start_in_zero(module, slots)
+        return
     names = _state_names(optimizer, module)
     if not slots or not names:
         return
     for parameter in module.experts.parameters():
         _begin_state(optimizer, parameter, like=_first_base_state(optimizer, module))
     for name in names:
-        base = module.base_weights(of=lambda parameter, name=name: optimizer.state[parameter][name])
+        base = module.base_weights(of=lambda parameter, name=name: whole(optimizer.state[parameter][name]))
         start = _start_of_slot(module, name, base)
         for key, parameter in module.experts.named_parameters():
             state = optimizer.state[parameter][name]
             for slot in slots:
-                state[slot] = start[key].to(state)
+                write_slot(state, slot, start[key])
+
+
+def _start_in_zero(module: RoutedModule, slots: list[int]) -> None:
+    write_copies(module, slots)
+    for name in MOMENTS:
+        start = _start_of_slot(module, name, module.base_weights(of=partial(moments_of, name=name)))
+        for key, parameter in module.experts.named_parameters():
+            write_moments(parameter, name, slots, start[key])
 
 
 def _start_of_slot(module: RoutedModule, name: str, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -100,11 +115,15 @@ class IdleSlots:
 
     def __init__(self):
         self.held: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.idle: list[tuple[RoutedModule, list[int]]] = []
 
     @torch.no_grad()
     def take(self, modules: list[RoutedModule], optimizer: torch.optim.Optimizer) -> None:
         """Notes idle slots and what they hold; after every fit. Reads the device."""
-        self.held = []
+        for module, slots in self.idle:
+            if has_copies(module):
+                write_copies(module, slots)  # which have moved on meanwhile
+        self.held, self.idle = [], []
         for module in modules:
             if not module.router.num_clusters:
                 continue
@@ -112,17 +131,19 @@ class IdleSlots:
             idle = [slot for slot in range(module.experts.num_experts) if slot not in used]
             if not idle:
                 continue
+            self.idle.append((module, idle))
             for parameter in module.experts.parameters():
-                rows = torch.tensor(idle, device=parameter.device)
+                numbers = slots_here(parameter)
+                rows = torch.isin(numbers, torch.tensor(idle, device=numbers.device)).nonzero().flatten()
                 per_weight = [
                     value
                     for value in optimizer.state.get(parameter, {}).values()
                     if torch.is_tensor(value) and value.shape == parameter.shape
                 ]
-                self.held += [(tensor, rows, tensor[rows].clone()) for tensor in (parameter, *per_weight)]
+                self.held += [(tensor, rows, values_here(tensor)[rows].clone()) for tensor in (parameter, *per_weight)]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts them back; after every optimizer step."""
         for tensor, rows, values in self.held:
-            tensor[rows] = values
+            values_here(tensor)[rows] = values
