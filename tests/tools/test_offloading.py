@@ -61,12 +61,12 @@ def test_logits_and_texts_are_those_of_the_model_in_memory(family, how, tmp_path
 
 
 @pytest.mark.parametrize("how", ["disk", "cpu_offload"])
-def test_under_autocast_experts_compute_in_their_own_precision(family, how, tmp_path):
+def test_under_autocast_experts_compute_as_ever(family, how, tmp_path):
     model = activate(tiny_model(family, cse_modules=["attention", "ffn"], cse_routing="given"))
     other = loaded(family, how, model, tmp_path)
     batch = {"input_ids": token_ids(), "given_clusters": torch.tensor([0, 1, 2, 4])}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(other(**batch).logits, model(**batch).logits, atol=5e-2, rtol=5e-2)
+        torch.testing.assert_close(other(**batch).logits, model(**batch).logits, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("how", ["disk", "cpu_offload"])
