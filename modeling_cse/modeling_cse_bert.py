@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .configuration_cse import CSEBertConfig
 from .dispatch_cse import RoutedAttention, RoutedBlock, RoutedFFN, RoutedModule, RoutedProjection, unchanged
 from .experts_cse import CSEExperts, ExpertsEntrance
+from .inputs_cse import check_inputs
 from .losses_cse import pretraining_loss, sums_over_the_step
 from .outputs_cse import CSEMaskedLMOutput, CSEPreTrainingOutput, carries_routing
 from .pretrained_cse import CSEBaseMixin, CSEPreTrainedMixin
@@ -174,7 +175,8 @@ class CSEBertModel(CSEBaseMixin, CSEBertPreTrainedModel, BertModel):
         given_clusters=None,
         **kwargs,
     ):
-        self.check_inputs(input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values)
+        given = input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values
+        check_inputs(self.tables(), self.config.hidden_size, *given)
         if self.config.cse_layer_indices:
             if self.config.cse_routing == "sequence" and self.config.is_decoder:
                 warn_that_routes_see_the_future(type(self).__name__)

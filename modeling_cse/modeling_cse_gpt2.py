@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .configuration_cse import CSEGPT2Config
 from .dispatch_cse import RoutedAttention, RoutedBlock, RoutedFFN, RoutedModule, RoutedProjection, unchanged
 from .experts_cse import CSEExperts, ExpertsEntrance
+from .inputs_cse import check_inputs
 from .losses_cse import sums_over_the_step
 from .outputs_cse import CSECausalLMOutput, carries_routing
 from .pretrained_cse import CSEBaseMixin, CSEPreTrainedMixin
@@ -143,7 +144,8 @@ class CSEGPT2Model(CSEBaseMixin, CSEGPT2PreTrainedModel, GPT2Model):
         given_clusters=None,
         **kwargs,
     ):
-        self.check_inputs(input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values)
+        given = input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values
+        check_inputs(self.tables(), self.config.hidden_size, *given)
         if self.config.cse_layer_indices:
             if self.config.cse_routing == "sequence":
                 self._check_that_sequences_are_whole(past_key_values)

@@ -7,7 +7,7 @@ from transformers.utils import logging
 
 from .dispatch_cse import RoutedModule, RoutedProjection, Site, is_quantized
 from .experts_cse import FusedExperts
-from .routing_cse import ClusterRouter, shapes_may_depend_on_data
+from .routing_cse import ClusterRouter
 
 
 logger = logging.get_logger(__name__)
@@ -121,48 +121,6 @@ class CSEBaseMixin:
     """What the base models of both families share. A family says where its blocks stand (`blocks`), how a stock one is
     made (`stock_block(index)`), and which of its embeddings answer to which argument (`tables()`)."""
 
-    def check_inputs(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        token_type_ids: torch.Tensor | None,
-        past_key_values,
-    ) -> None:
-        """
-        Says by name what would otherwise end as "index out of range" or "cannot reshape". Values are looked at only
-        where they are read for nothing: an accelerator is not waited for, and stops with an assertion of its own.
-
-        Raises:
-            ValueError: a batch without a token, indices of a wrong dtype or length or outside their table, embeddings
-                of a wrong width, or more tokens than there are positions.
-        """
-        name, tokens = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
-        if tokens is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return
-        if not tokens.numel():
-            raise ValueError(f"{name} of shape {tuple(tokens.shape)} is not allowed: it must have at least one token.")
-        if input_ids is None and tokens.shape[-1] != self.config.hidden_size:
-            raise ValueError(
-                f"inputs_embeds of shape {tuple(tokens.shape)} is not allowed: its last dimension must be the hidden "
-                f"size {self.config.hidden_size}."
-            )
-        length = tokens.shape[-1 if input_ids is not None else -2]
-        # what a tool has put in the place of an embedding answers for itself
-        rows = {argument: getattr(table, "num_embeddings", None) for argument, table in self.tables().items()}
-        given = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
-        for argument, indices in given.items():
-            if indices is not None:
-                _check_indices(argument, indices, rows[argument], length)
-        most = rows["position_ids"]
-        if position_ids is None and most is not None and shapes_may_depend_on_data(tokens):
-            past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-            if past + length > most:
-                raise ValueError(
-                    f"{name} of shape {tuple(tokens.shape)} after {past} cached tokens is not allowed: a sequence "
-                    f"must have at most {most} tokens, the positions of this model."
-                )
-
     def routed_modules(self) -> dict[Site, RoutedModule]:
         """The modules with experts, in the order in which data meets them."""
         return {
@@ -187,21 +145,6 @@ class CSEBaseMixin:
                 new._gradient_checkpointing_func = old._gradient_checkpointing_func
             self.blocks[index] = new.train(old.training)
         self.config.cse_layers = kept
-
-
-def _check_indices(name: str, indices: torch.Tensor, rows: int | None, length: int) -> None:
-    """Whether an embedding of so many rows (None: nobody knows) can answer these indices (..., T), one a token."""
-    if indices.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name} of dtype {indices.dtype} is not allowed: it must be int64 or int32.")
-    if indices.shape[-1] != length:
-        raise ValueError(
-            f"{name} of shape {tuple(indices.shape)} is not allowed: the batch has {length} tokens a row, so its last "
-            f"dimension must be {length}."
-        )
-    if rows is not None and indices.numel() and shapes_may_depend_on_data(indices):
-        low, high = (int(end) for end in indices.aminmax())
-        if low < 0 or high >= rows:
-            raise ValueError(f"{name} from {low} to {high} is not allowed: it must be from 0 to {rows - 1}.")
 
 
 __all__ = ["CSEBaseMixin", "CSEPreTrainedMixin", "OutOfTreeMixin"]
