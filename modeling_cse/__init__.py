@@ -40,7 +40,13 @@ from .modeling_cse_gpt2 import (
 
 __version__ = "0.1.0.dev0"
 
-_LAZY = {"ClusterExpertsCallback": ".training", "fit_experts": ".training", "from_dense": ".training"}
+_LAZY = {
+    "ClusterExpertsCallback": ".training",
+    "check_checkpoint": ".training",
+    "fit_experts": ".training",
+    "from_dense": ".training",
+    "last_complete_checkpoint": ".training",
+}
 
 
 def _register() -> None:
@@ -91,6 +97,8 @@ __all__ = [
     "CSEGPT2ForTokenClassification",
     "CSEGPT2Model",
     "ClusterExpertsCallback",
+    "check_checkpoint",
     "fit_experts",
     "from_dense",
+    "last_complete_checkpoint",
 ]

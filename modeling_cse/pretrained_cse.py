@@ -69,23 +69,41 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
         `quantization_config` a warning says how much of the model is not quantised, its experts first of all.
 
         Raises:
-            ValueError: the checkpoint has experts but lacks their router, so that nothing could ever be routed; or
-                the `quantization_config` names experts or routers.
+            ValueError: a file of weights is cut short or edited so that it cannot be read; the checkpoint has experts
+                but lacks their router, so that nothing could ever be routed; a router holds what no clustering
+                writes; or the `quantization_config` names experts or routers.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        name = str(pretrained_model_name_or_path)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except Exception as error:
+            # by its name: code that travels imports torch and transformers alone
+            if type(error).__module__.partition(".")[0] != "safetensors":
+                raise
+            raise ValueError(
+                f"The weights of the checkpoint {name!r} (model*.safetensors) cannot be read: they were cut short or "
+                f"edited ({error})."
+            ) from error
         missing = set(info["missing_keys"])
         routers = sorted(key for key in missing if ".router." in key)
         without_experts = {key.split(".experts.")[0] for key in missing if ".experts." in key}
         lost = [key for key in routers if key.split(".router.")[0] not in without_experts]
         if lost:
             raise ValueError(
-                f"The checkpoint {pretrained_model_name_or_path!r} has experts but lacks the routing state "
+                f"The checkpoint {name!r} has experts but lacks the routing state "
                 f"{lost}: it was cut or edited. Save it again with save_pretrained."
             )
         if getattr(model, "is_quantized", False) and model.config.cse_layer_indices:
             model._check_what_is_quantized()
+        for key, module in model.named_modules():
+            flaw = module.router.flaw(module.num_experts) if isinstance(module, RoutedModule) else None
+            if flaw is not None:
+                raise ValueError(
+                    f"The weights of the checkpoint {name!r} (model*.safetensors) were cut or edited: "
+                    f"{key}.router.{flaw}."
+                )
         return (model, info) if output_loading_info else model
 
     def _check_what_is_quantized(self) -> None:

@@ -172,6 +172,28 @@ class ClusterRouter(nn.Module):
         return int((self.cluster_sizes > 0).sum())
 
     @torch.no_grad()
+    def flaw(self, num_experts: int) -> str | None:
+        """What no clustering can have written into the buffers, by the name of the buffer; None if all is well. For
+        what was loaded from a file. Reads the device; says nothing of buffers on the meta device."""
+        state = {name: value.cpu() for name, value in self.named_buffers() if not value.is_meta}
+        if state.keys() != self.empty_state().keys():
+            return None
+        broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+        if broken:
+            return f"{broken[0]} is not finite"
+        if not (state["radii"] > 0).all():
+            return "radii are not all above 0"
+        sizes, owned = state["cluster_sizes"], state["cluster_expert"]
+        if (sizes < 0).any() or ((sizes[:-1] == 0) & (sizes[1:] > 0)).any():
+            return f"cluster_sizes are {sizes.tolist()}: they must be 0 or more, unused rows last"
+        if (owned < -1).any() or (owned >= num_experts).any() or (owned[sizes == 0] != -1).any():
+            return (
+                f"cluster_expert is {owned.tolist()}: it must be from -1 to {num_experts - 1}, and -1 where "
+                "cluster_sizes is 0"
+            )
+        return None
+
+    @torch.no_grad()
     def write(self, **state: torch.Tensor) -> None:
         """
         Replaces the whole routing state; rows beyond those given become unused.

@@ -103,6 +103,9 @@ def fit_layer(
         "experts": int((ownership.experts >= 0).sum()),
         "clarity": clustering.clarity,
         "unserved": ownership.unserved,
+        "absent": len(ownership.absent),
+        "released": len(ownership.released),
+        "largest_share": float(clustering.shares.max()),
     }
     if settings.density:
         fit.metrics["noise"] = clustering.noise

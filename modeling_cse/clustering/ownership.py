@@ -41,12 +41,16 @@ class Identities:
 @dataclass
 class Ownership:
     """The outcome of a fit: `experts` (K,) int64, the slot of each cluster or -1; `filled`, slots that changed hands
-    and must start anew; `unserved`, long-tail clusters for which no slot was free; `identities` for the next fit."""
+    and must start anew; `unserved`, long-tail clusters for which no slot was free; `identities` for the next fit;
+    `absent`, slots of owners that were not found, and are waited for; `released`, slots of which the owner was absent
+    or common too often, whoever has them now."""
 
     experts: np.ndarray
     filled: list[int]
     unserved: int
     identities: Identities
+    absent: list[int]
+    released: list[int]
 
 
 def long_tail(shares: np.ndarray, common_share: float | str) -> np.ndarray:
@@ -153,4 +157,12 @@ def assign_experts(
         np.concatenate([experts, identities.experts[absent]]),
         np.concatenate([idle, identities.idle[absent] + 1]),
     )
-    return Ownership(experts, filled, max(len(waiting) - len(free), 0), remembered)
+    owned = {int(expert) for expert in identities.experts if expert >= 0}
+    return Ownership(
+        experts,
+        filled,
+        unserved=max(len(waiting) - len(free), 0),
+        identities=remembered,
+        absent=sorted(int(identities.experts[old]) for old in absent),
+        released=sorted(owned - kept),
+    )

@@ -4,12 +4,13 @@ controls: `label_at_random`, `label_by_domain`."""
 
 from .controls import CLUSTER_COLUMN, label_at_random, label_by_domain
 from .corpus import load_corpus
-from .masking import mask_once
+from .masking import FreshMasks, mask_once
 from .packing import DOMAIN_COLUMN, pack, split_by_domain
 from .tokenization import train_tokenizer
 
 
 __all__ = [
+    "FreshMasks",
     "DOMAIN_COLUMN",
     "CLUSTER_COLUMN",
     "label_at_random",

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..training.memory import file_name
+from ..data import FreshMasks
+from ..training.memory import replace_whole
 
 
 class JsonLinesCallback(TrainerCallback):
@@ -29,6 +30,16 @@ class JsonLinesCallback(TrainerCallback):
     @staticmethod
     def _line(entry: dict[str, Any]) -> str:
         return json.dumps(entry, sort_keys=True) + "\n"
+
+
+class EpochCallback(TrainerCallback):
+    """Tells a data set which epoch begins, or is gone on with."""
+
+    def __init__(self, data: FreshMasks):
+        self.data = data
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.data.set_epoch(int(state.epoch or 0))
 
 
 def check_folder(folder: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -58,18 +69,9 @@ def check_folder(folder: Path, settings: dict[str, Any], resume: bool) -> None:
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Makes a folder the home of a run: its settings go to `run.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(_settings_text(settings), encoding="utf-8")
+    text = _settings_text(settings)
+    replace_whole(folder / "run.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _settings_text(settings: dict[str, Any]) -> str:
     return json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
-
-
-def last_complete_checkpoint(folder: Path, needs_clusters: bool) -> str | None:
-    """The newest checkpoint that was written to its end; later ones that were cut short by a kill are removed from
-    the choice, not from the disk."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
-        wanted = ["trainer_state.json", "optimizer.pt", *([file_name(0)] if needs_clusters else [])]
-        if all((path / name).is_file() for name in wanted):
-            return str(path)
-    return None

@@ -24,6 +24,7 @@ from transformers import (
 
 from .. import CSEBertConfig, CSEBertForMaskedLM, CSEGPT2Config, CSEGPT2ForCausalLM
 from ..data import (
+    FreshMasks,
     label_at_random,
     label_by_domain,
     load_corpus,
@@ -33,9 +34,9 @@ from ..data import (
     train_tokenizer,
 )
 from ..evaluation import perplexity_for_trainer, row_losses_for_trainer
-from ..training import ClusterExpertsCallback
+from ..training import ClusterExpertsCallback, check_checkpoint, last_complete_checkpoint
 from .arguments import ClusterArguments, DataArguments, ModelArguments, parse_arguments
-from .folder import JsonLinesCallback, check_folder, last_complete_checkpoint, write_settings
+from .folder import EpochCallback, JsonLinesCallback, check_folder, write_settings
 from .report import report_run
 
 
@@ -112,6 +113,11 @@ class Pretraining:
             raise ValueError(
                 f"tokenizer_vocab_size={model.tokenizer_vocab_size} is not allowed with tokenizer_name: choose one."
             )
+        if not self.family.causal and self.args.dataloader_persistent_workers:
+            raise ValueError(
+                "dataloader_persistent_workers=True is not allowed for a masked language model: masks change with the "
+                "epoch, of which such workers are not told."
+            )
         if asked in (None, "last"):
             return
         own = [(self.folder / name).resolve() for name in RUNS]
@@ -168,11 +174,14 @@ class Pretraining:
                 domain: mask_once(blocks, self.tokenizer, mlm_probability=data.mlm_probability, seed=self.args.seed)
                 for domain, blocks in self.validation.items()
             }
-        self.collator = (
-            default_data_collator
-            if self.family.causal
-            else DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=data.mlm_probability)
-        )
+        self.collator = default_data_collator
+        if not self.family.causal:
+            if isinstance(self.training, IterableDataset):
+                self.collator = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=data.mlm_probability)
+            else:
+                self.training = FreshMasks(
+                    self.training, self.tokenizer, mlm_probability=data.mlm_probability, seed=self.args.seed
+                )
 
     def _load_tokenizer(self, corpus: Dataset | IterableDataset) -> PreTrainedTokenizerBase:
         model = self.model_arguments
@@ -312,9 +321,18 @@ class Pretraining:
             preprocess_logits_for_metrics=row_losses_for_trainer(shift=self.family.causal),
             callbacks=[JsonLinesCallback(folder / "metrics.jsonl")],
         )
+        if isinstance(self.training, FreshMasks):
+            trainer.add_callback(EpochCallback(self.training))
         if clusters is not None:
             clusters.attach(trainer)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint is not None and int(checkpoint.rpartition("-")[2]) >= args.max_steps > 0:
+            # killed after its last step: the Trainer (5.23) looks for the end only after a step, and would make one
+            model = self.family.model_class.from_pretrained(checkpoint)
+            if clusters is not None:
+                clusters.finish(model)
+            trainer.model = model
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         return model
 
@@ -323,6 +341,7 @@ class Pretraining:
         if asked is None:
             return None
         if Path(asked).resolve().parent == folder.resolve():
+            check_checkpoint(asked, clusters)
             return asked
         return last_complete_checkpoint(folder, clusters)
 

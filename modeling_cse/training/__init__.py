@@ -3,9 +3,18 @@
 and from a dense checkpoint."""
 
 from .callback import ClusterExpertsCallback
+from .checkpoints import check_checkpoint, last_complete_checkpoint
 from .collecting import FeatureCollector, routed_base_model
 from .fitting import fit_experts
 from .starting import from_dense
 
 
-__all__ = ["ClusterExpertsCallback", "FeatureCollector", "fit_experts", "from_dense", "routed_base_model"]
+__all__ = [
+    "ClusterExpertsCallback",
+    "FeatureCollector",
+    "check_checkpoint",
+    "fit_experts",
+    "from_dense",
+    "last_complete_checkpoint",
+    "routed_base_model",
+]

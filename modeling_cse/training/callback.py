@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..clustering import ClusterSettings, move_clusters
 from ..dispatch_cse import RoutedModule, Site
 from ..sharding_cse import is_sharded
+from .checkpoints import begin_checkpoint, check_sums, seal_checkpoint
 from .collecting import FeatureCollector, refuse_adapters, routed_base_model
 from .fitting import fit_layers
 from .gathering import gather_features, local_capacity, rank, world_size
@@ -60,8 +61,9 @@ class ClusterExpertsCallback(TrainerCallback):
             of a list, 2 of `cse_layers="auto"`.
 
     Metrics go to `state.log_history`, and with `callback.attach(trainer)` through `Trainer.log` to every integration:
-    `cse/layer_<i>/<module>/{clusters, experts, share_routed, churn, clarity, agreement, unserved}`, `cse/seconds`, and
-    `cse/gradient_consistency` during an automatic warm-up.
+    `cse/layer_<i>/<module>/{clusters, experts, share_routed, churn, clarity, agreement, unserved, absent, released,
+    largest_share}`, `cse/seconds`, and `cse/gradient_consistency` during an automatic warm-up. A cluster that loses
+    its expert, and a fit that finds one cluster only, are warned of.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self.automatic: AutomaticWarmup | None = None
         self.trainer: Trainer | None = None
         self.collector: FeatureCollector | None = None
+        self._begun: Path | None = None
 
     def attach(self, trainer: Trainer) -> "ClusterExpertsCallback":
         """Adds itself to a trainer, and logs through it from then on."""
@@ -116,7 +119,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model, optimizer=None, **kwargs
     ):
         self.detach()
-        self.automatic = None
+        self.automatic = self._begun = None
         refuse_adapters(model)
         self.base = routed_base_model(model)
         self._check_model()
@@ -137,6 +140,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self.idle.take(self._modules(), optimizer)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._give_up_save()
         if self.automatic is not None:
             self.automatic.begin(state.global_step)
         # Features drift while the model trains, so a fit sees the last batches before it and no older ones.
@@ -163,16 +167,31 @@ class ClusterExpertsCallback(TrainerCallback):
                 self.collector.clear()  # the next fit has a sample of its own
         elif self._moves():
             self._move()
+        self._begin_save(args, state, control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._begin_save(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if folder.is_dir():
-            self.memory.warmup = {} if self.automatic is None else self.automatic.state()
-            save_state(folder, rank(), state.global_step, self.memory, self.collector.stores)
+        folder = _checkpoint_folder(args, state)
+        if not folder.is_dir():
+            return
+        if self._begun != folder:  # the wish to save came later: from `save_strategy="best"`, or another callback
+            self._save(folder, state)
+        self._begun = None
+        if args.should_save:
+            seal_checkpoint(folder)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.detach()
-        if self._budget() is None or not self.memory.fits:
+        self._give_up_save()
+        self.finish(self.base)
+
+    def finish(self, model) -> None:
+        """Turns layers that were not chosen into stock layers, as at the end of training; for one that was killed
+        after its last step."""
+        self.base = routed_base_model(model)
+        if self._budget() is None or not any(module.router.num_clusters for module in self._modules()):
             return
         if any(is_sharded(parameter) for parameter in self.base.parameters()):
             logger.warning(
@@ -313,21 +332,62 @@ class ClusterExpertsCallback(TrainerCallback):
         self.trainer.log(metrics)
         control.should_log = due
 
+    def _begin_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        """Writes the clustering state first where the Trainer is about to save: before `on_save` it deletes older
+        checkpoints, and a kill in between must leave a complete one."""
+        folder = _checkpoint_folder(args, state)
+        if not control.should_save or state.is_hyper_param_search or self._begun == folder:
+            return
+        if args.should_save:
+            begin_checkpoint(folder)
+        self._save(folder, state)
+        self._begun = folder
+
+    def _give_up_save(self) -> None:
+        """Takes back what was begun where no checkpoint followed, because another callback did not want it: a folder
+        of that name would be taken for one."""
+        if self._begun is not None:
+            (self._begun / file_name(rank())).unlink(missing_ok=True)
+            if not any(self._begun.iterdir()):
+                self._begun.rmdir()
+            self._begun = None
+
+    def _save(self, folder: Path, state: TrainerState) -> None:
+        self.memory.warmup = {} if self.automatic is None else self.automatic.state()
+        save_state(folder, rank(), state.global_step, self.memory, self.collector.stores, self.base)
+
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         """Takes up the memory of the checkpoint the Trainer has just loaded."""
+        for site, module in self.base.routed_modules().items():
+            flaw = module.router.flaw(module.num_experts)
+            if flaw is not None:
+                raise ValueError(
+                    f"the weights of the checkpoint of step {state.global_step} were cut or edited: "
+                    f"{site}.router.{flaw}."
+                )
+        if state.global_step >= state.max_steps:
+            logger.warning(
+                f"the checkpoint is of step {state.global_step}, and training ends at {state.max_steps}: nothing is "
+                "left to do, but the Trainer may make one more step. Load the model from the checkpoint instead."
+            )
         clustered = any(module.router.num_clusters for module in self._modules())
-        places = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+        places = [_checkpoint_folder(args, state)]
         if isinstance(args.resume_from_checkpoint, str):
             places.insert(0, Path(args.resume_from_checkpoint))
         folder = next((place for place in places if (place / file_name(rank())).is_file()), None)
         if folder is not None:
-            load_state(folder, rank(), state.global_step, self.memory, self.collector.stores)
+            load_state(folder, rank(), state.global_step, self.memory, self.collector.stores, self.base)
+            check_sums(folder)
         elif clustered or not any(place.is_dir() for place in places):
             raise ValueError(
                 f"{file_name(rank())} was not found in {[str(place) for place in places]}, so clustering cannot go on "
                 f"from step {state.global_step}. Name the checkpoint in TrainingArguments(resume_from_checkpoint=...) "
                 "too, or resume from a complete one."
             )
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def _is_count(value: object, least: int) -> bool:

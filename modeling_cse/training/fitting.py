@@ -71,6 +71,7 @@ def fit_layers(
         memory.discriminants[site] = fit.discriminant
         metrics.update({f"cse/{site}/{name}": value for name, value in fit.metrics.items()})
         _warn_of_poor_agreement(site, modules[site], fit)
+        _tell_of_owners(site, fit, settings)
     memory.fits += 1
     metrics["cse/seconds"] = time.perf_counter() - start
     return metrics, {site: fit.ownership.filled for site, fit in fits.items()}
@@ -95,6 +96,25 @@ def _warn_of_poor_agreement(site: Site, module: RoutedModule, fit: LayerFit) -> 
             "are any) the cluster of their sequence, so many tokens miss their expert. Fewer clusters (num_clusters), "
             "a larger sample (sample_size), or a later first fit (warmup) may help."
         )
+
+
+def _tell_of_owners(site: Site, fit: LayerFit, settings: ClusterSettings) -> None:
+    """Says what became of clusters that own an expert, where something did."""
+    ownership = fit.ownership
+    if len(fit.clustering) == 1:
+        logger.warning(
+            f"{site}: all {fit.clustering.sizes.sum()} sampled sequences are in one cluster, so there is nothing to "
+            "tell apart: the base serves all of them, unless that cluster owns an expert already."
+        )
+    if ownership.released:
+        again = sorted({*ownership.released} & {*ownership.filled})
+        logger.warning(
+            f"{site}: the clusters of experts {ownership.released} were absent or common in {settings.patience} fits "
+            "in a row (patience) and lost them"
+            + (f"; {again} start anew for other clusters." if again else "; no other cluster waits for one.")
+        )
+    if ownership.absent:
+        logger.info(f"{site}: the clusters of experts {ownership.absent} were not found; their experts are kept.")
 
 
 @torch.no_grad()

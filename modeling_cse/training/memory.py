@@ -1,18 +1,25 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """What clustering remembers from one fit to the next, and how it lies in a checkpoint: safetensors, no pickle."""
 
+import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ..clustering import Discriminant, FeatureStore, Identities, RoutingFeatures
 from ..dispatch_cse import Site
 from .gathering import world_size
+
+
+# Of the file's form; another one cannot be read.
+VERSION = 1
 
 
 def file_name(rank: int) -> str:
@@ -58,47 +65,61 @@ class ClusterMemory:
                 members[site] = member_class(**fields)
 
 
-def save_state(folder: Path, rank: int, step: int, memory: ClusterMemory, stores: dict[Site, FeatureStore]) -> None:
-    """Writes memory and collected features into a checkpoint folder, whole or not at all."""
+def save_state(
+    folder: Path, rank: int, step: int, memory: ClusterMemory, stores: dict[Site, FeatureStore], base: nn.Module
+) -> None:
+    """Writes memory and collected features into a checkpoint folder, whole or not at all, with a checksum, and one of
+    the routing state that the model's own file holds."""
     named = memory.tensors()
-    seen = {}
     for site, store in stores.items():
-        seen[str(site)] = store.seen
         features = store.as_it_is()
         if features is not None:
             named.update({f"features.{site}.{name}": tensor for name, tensor in vars(features).items()})
-    metadata = {"step": str(step), "fits": str(memory.fits), "seen": json.dumps(seen), "processes": str(world_size())}
-    target = folder / file_name(rank)
-    partial = target.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in named.items()}, partial, metadata=metadata)
-    os.replace(partial, target)
+    named = {name: tensor.contiguous() for name, tensor in named.items()}
+    metadata = {
+        "version": str(VERSION),
+        "step": str(step),
+        "ranks": str(world_size()),
+        "fits": str(memory.fits),
+        "seen": json.dumps({str(site): store.seen for site, store in stores.items()}),
+        "shapes": json.dumps(_shapes(base)),
+        "routers": _digest(_routing_state(base), {}),
+    }
+    metadata["sha256"] = _digest(named, metadata)
+    replace_whole(folder / file_name(rank), lambda path: save_file(named, path, metadata=metadata))
 
 
-def load_state(folder: Path, rank: int, step: int, memory: ClusterMemory, stores: dict[Site, FeatureStore]) -> None:
+def load_state(
+    folder: Path, rank: int, step: int, memory: ClusterMemory, stores: dict[Site, FeatureStore], base: nn.Module
+) -> None:
     """
-    Reads what `save_state` wrote.
+    Reads what `save_state` wrote. Nothing is taken up unless all of it is right.
 
     Raises:
-        ValueError: the file is cut short, or belongs to another step or number of processes.
+        ValueError: the file is cut short or was edited, belongs to another step, model or number of processes; or the
+            model's routing state is not the one that was saved with it. The message names the file.
     """
     path = folder / file_name(rank)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata, named = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:  # safetensors has no error class of its own for a broken file
-        raise ValueError(f"{path} cannot be read, so the run cannot go on exactly from there: {error}") from error
-    sites = set(json.loads((metadata or {}).get("seen", "{}")))
-    if sites != {str(site) for site in stores}:
-        raise ValueError(f"{path} is not the clustering state of this model: its experts are at {sorted(sites)}.")
+    metadata = read_metadata(path)
+    if json.loads(metadata["shapes"]) != _shapes(base):
+        raise ValueError(
+            f"{path} is not the clustering state of this model: its experts are {metadata['shapes']} (hidden size, "
+            f"clusters, experts by layer and module), those of the model {json.dumps(_shapes(base))}."
+        )
     if int(metadata["step"]) != step:
         raise ValueError(f"{path} was written at step {metadata['step']}, but the checkpoint is of step {step}.")
-    processes = int(metadata.get("processes", world_size()))
-    if processes != world_size():
+    if int(metadata["ranks"]) != world_size():
         raise ValueError(
-            f"{path} was written by a run of {processes} processes, and each holds a part of the sample for the next "
-            f"fit: a run of {world_size()} cannot go on exactly from there. Resume with {processes}, or start a new "
-            "run from the checkpoint's model (from_pretrained, warmup=0)."
+            f"{path} was written by a run of {metadata['ranks']} processes, and each holds a part of the sample for "
+            f"the next fit: a run of {world_size()} cannot go on exactly from there. Resume with {metadata['ranks']}, "
+            "or start a new run from the checkpoint's model (from_pretrained, warmup=0)."
         )
+    if metadata["routers"] != _digest(_routing_state(base), {}):
+        raise ValueError(
+            f"the routing state in the weights of {str(folder)!r} is not the one that was saved with {path.name}: "
+            "the file of the weights was cut or edited, or comes from elsewhere."
+        )
+    named = load_file(path)
     memory.fits = int(metadata["fits"])
     memory.load(named)
     seen = json.loads(metadata["seen"])
@@ -106,3 +127,65 @@ def load_state(folder: Path, rank: int, step: int, memory: ClusterMemory, stores
         prefix = f"features.{site}."
         fields = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
         store.restore(RoutingFeatures(**fields) if fields else None, seen[str(site)])
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """
+    What a file of `save_state` says of itself, once all of it is known to be as it was written.
+
+    Raises:
+        ValueError: it cannot be read, is of another version, or its contents do not have its checksum.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, named = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:  # safetensors has no error class of its own for a broken file
+        raise ValueError(f"{path} cannot be read, so the run cannot go on exactly from there: {error}") from error
+    if metadata.get("version") != str(VERSION):
+        raise ValueError(
+            f"{path} is clustering state of version {metadata.get('version')!r}; this release of modeling_cse reads "
+            f"version {str(VERSION)!r}."
+        )
+    if metadata.pop("sha256", None) != _digest(named, metadata):
+        raise ValueError(f"{path} was changed after it was written: its contents do not have its checksum.")
+    return metadata
+
+
+def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Puts a file in its place whole or not at all, also through a kill or a loss of power: `write` is given another
+    name, which is renamed when all of it is on the disk."""
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _digest(named: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of tensors and what is said beside them."""
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(named.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _shapes(base: nn.Module) -> dict[str, list[int]]:
+    """Hidden size, clusters and experts of each site."""
+    return {
+        str(site): [module.router.hidden_size, module.router.max_clusters, module.num_experts]
+        for site, module in base.routed_modules().items()
+    }
+
+
+def _routing_state(base: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of all routers, by name."""
+    modules = base.routed_modules().items()
+    return {f"{site}.{name}": value for site, module in modules for name, value in module.router.named_buffers()}

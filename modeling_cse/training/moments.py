@@ -128,7 +128,7 @@ class IdleSlots:
             if not module.router.num_clusters:
                 continue
             used = set(module.router.cluster_expert.tolist())
-            idle = [slot for slot in range(module.experts.num_experts) if slot not in used]
+            idle = [slot for slot in range(module.num_experts) if slot not in used]
             if not idle:
                 continue
             self.idle.append((module, idle))

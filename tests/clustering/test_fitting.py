@@ -77,10 +77,12 @@ def test_metrics_tell_what_happened(family, routing):
     fit = fitted(ffn, features, settings)
     by_position = {"agreement_0_8"}  # where the planted tokens stand
     assert set(fit.metrics) - by_position == {
-        *("clusters", "experts", "clarity", "unserved", "agreement", "share_routed")
+        *("clusters", "experts", "clarity", "unserved", "agreement", "share_routed"),
+        *("absent", "released", "largest_share"),
     }
     assert by_position <= set(fit.metrics)
     assert fit.metrics["clusters"] == 3 and fit.metrics["experts"] == 2 and fit.metrics["unserved"] == 0
+    assert fit.metrics["largest_share"] == pytest.approx(0.6)
     assert fit.metrics["share_routed"] == pytest.approx(0.4) and fit.metrics["agreement"] > 0.95
     write_fit(ffn, fit, settings, 0, SITE)
     again = fitted(ffn, features, settings)

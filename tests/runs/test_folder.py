@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from modeling_cse.runs.folder import JsonLinesCallback, check_folder, last_complete_checkpoint, write_settings
+from modeling_cse.runs.folder import JsonLinesCallback, check_folder, write_settings
 
 
 def test_a_folder_with_a_run_is_only_taken_to_resume_it(tmp_path):
@@ -18,18 +18,6 @@ def test_a_folder_with_a_run_is_only_taken_to_resume_it(tmp_path):
     check_folder(tmp_path, settings, resume=True)
     with pytest.raises(ValueError, match=r"other settings of \['training.seed'\]"):
         check_folder(tmp_path, {**settings, "training.seed": 1}, resume=True)
-
-
-def test_checkpoints_cut_short_are_passed_over(tmp_path):
-    for step, names in ((4, ["trainer_state.json", "optimizer.pt"]), (12, ["optimizer.pt"]), (8, [])):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        for name in names:
-            (folder / name).touch()
-    assert last_complete_checkpoint(tmp_path, needs_clusters=False) == str(tmp_path / "checkpoint-4")
-    assert last_complete_checkpoint(tmp_path, needs_clusters=True) is None
-    (tmp_path / "checkpoint-4" / "cluster_state_rank0.safetensors").touch()
-    assert last_complete_checkpoint(tmp_path, needs_clusters=True) == str(tmp_path / "checkpoint-4")
 
 
 def test_metrics_of_steps_that_are_run_again_are_dropped(tmp_path):

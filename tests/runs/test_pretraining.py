@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,6 +207,51 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path, gpt2_run, step):
         weights = [load_file(path / name / "model.safetensors") for path in (whole, folder)]
         assert weights[0].keys() == weights[1].keys()
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.slow
+def test_a_masked_model_resumes_to_the_bit(tmp_path):
+    """Its masks are drawn by the data, ahead of the step that sees them: a resumed run must get the same."""
+    changes = {"eval_strategy": "no", "eval_steps": None, "compare_with_dense": None, "save_steps": 5, "max_steps": 12}
+    settings = flags(tmp_path / "run", "bert", **changes)
+    pretrain(BERT, settings)
+    folder = tmp_path / "run" / "cse"
+    whole, entries = load_file(folder / "model.safetensors"), metrics(folder / "metrics.jsonl")
+    for name in ("checkpoint-10", "checkpoint-12"):
+        shutil.rmtree(folder / name)
+    (folder / "training_args.bin").unlink()  # the run looks as if it had been killed between steps 5 and 10
+    pretrain(BERT, [*settings, "--resume_from_checkpoint", "last"])
+    resumed = load_file(folder / "model.safetensors")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    # the Trainer's log at step 6 is a mean over the steps since its process began
+    last = [[entry for entry in run if entry["step"] > 6 and "train_loss" not in entry] for run in (
+        entries,
+        metrics(folder / "metrics.jsonl"),
+    )]
+    assert last[0] == last[1]
+
+
+def test_a_run_killed_after_its_last_step_makes_no_other(tmp_path, gpt2_run):
+    whole, _ = gpt2_run
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    for name in ("training_args.bin", "model.safetensors"):
+        (folder / "cse" / name).unlink()
+    pretrain(GPT2, flags(folder, resume_from_checkpoint="last"))
+    weights = [load_file(path / "cse" / "model.safetensors") for path in (whole, folder)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert max(entry["step"] for entry in metrics(folder / "cse" / "metrics.jsonl")) == 14
+
+
+@pytest.mark.parametrize("name", ["cluster_state_rank0.safetensors", "optimizer.pt"])
+def test_a_named_checkpoint_that_was_cut_is_refused_by_name(tmp_path, gpt2_run, name):
+    folder = tmp_path / "run"
+    shutil.copytree(gpt2_run[0], folder)
+    (folder / "cse" / "training_args.bin").unlink()
+    place = folder / "cse" / "checkpoint-8"
+    (place / name).write_bytes((place / name).read_bytes()[:-7])
+    with pytest.raises(ValueError, match=f"checkpoint-8' is not a complete checkpoint: .*{name}"):
+        pretrain(GPT2, flags(folder, resume_from_checkpoint=str(place)))
 
 
 SHORT = {"eval_strategy": "no", "eval_steps": None, "compare_with_dense": None, "max_steps": 8}
