@@ -2,6 +2,7 @@
 """The Trainer callback: a dense warm-up, the first fit, and clusters kept up to date while the model trains."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 from torch.optim import Optimizer
@@ -11,12 +12,13 @@ from transformers.utils import logging
 from ..clustering import ClusterSettings, move_clusters
 from ..dispatch_cse import RoutedModule, Site
 from ..sharding_cse import is_sharded
-from .checkpoints import begin_checkpoint, check_sums, seal_checkpoint
+from .checkpoints import check_sums
 from .collecting import FeatureCollector, refuse_adapters, routed_base_model
 from .fitting import fit_layers
 from .gathering import gather_features, local_capacity, rank, world_size
-from .memory import ClusterMemory, file_name, load_state, save_state
+from .memory import ClusterMemory, load_state, save_state
 from .moments import IdleSlots, start_moments
+from .saving import CheckpointSaves, find_state
 from .schedule import FitSchedule
 from .warmup import AutomaticWarmup
 from .zero import check_stage
@@ -104,7 +106,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self.automatic: AutomaticWarmup | None = None
         self.trainer: Trainer | None = None
         self.collector: FeatureCollector | None = None
-        self._begun: Path | None = None
+        self.saves = CheckpointSaves()
 
     def attach(self, trainer: Trainer) -> "ClusterExpertsCallback":
         """Adds itself to a trainer, and logs through it from then on."""
@@ -119,7 +121,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model, optimizer=None, **kwargs
     ):
         self.detach()
-        self.automatic = self._begun = None
+        self.automatic, self.saves = None, CheckpointSaves()
         refuse_adapters(model)
         self.base = routed_base_model(model)
         self._check_model()
@@ -140,7 +142,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self.idle.take(self._modules(), optimizer)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self._give_up_save()
+        self.saves.give_up()
         if self.automatic is not None:
             self.automatic.begin(state.global_step)
         # Features drift while the model trains, so a fit sees the last batches before it and no older ones.
@@ -167,24 +169,17 @@ class ClusterExpertsCallback(TrainerCallback):
                 self.collector.clear()  # the next fit has a sample of its own
         elif self._moves():
             self._move()
-        self._begin_save(args, state, control)
+        self.saves.begin(args, state, control, partial(self._save, state=state))
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self._begin_save(args, state, control)
+        self.saves.begin(args, state, control, partial(self._save, state=state))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        folder = _checkpoint_folder(args, state)
-        if not folder.is_dir():
-            return
-        if self._begun != folder:  # the wish to save came later: from `save_strategy="best"`, or another callback
-            self._save(folder, state)
-        self._begun = None
-        if args.should_save:
-            seal_checkpoint(folder)
+        self.saves.end(args, state, partial(self._save, state=state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.detach()
-        self._give_up_save()
+        self.saves.give_up()
         self.finish(self.base)
 
     def finish(self, model) -> None:
@@ -332,62 +327,16 @@ class ClusterExpertsCallback(TrainerCallback):
         self.trainer.log(metrics)
         control.should_log = due
 
-    def _begin_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        """Writes the clustering state first where the Trainer is about to save: before `on_save` it deletes older
-        checkpoints, and a kill in between must leave a complete one."""
-        folder = _checkpoint_folder(args, state)
-        if not control.should_save or state.is_hyper_param_search or self._begun == folder:
-            return
-        if args.should_save:
-            begin_checkpoint(folder)
-        self._save(folder, state)
-        self._begun = folder
-
-    def _give_up_save(self) -> None:
-        """Takes back what was begun where no checkpoint followed, because another callback did not want it: a folder
-        of that name would be taken for one."""
-        if self._begun is not None:
-            (self._begun / file_name(rank())).unlink(missing_ok=True)
-            if not any(self._begun.iterdir()):
-                self._begun.rmdir()
-            self._begun = None
-
     def _save(self, folder: Path, state: TrainerState) -> None:
         self.memory.warmup = {} if self.automatic is None else self.automatic.state()
         save_state(folder, rank(), state.global_step, self.memory, self.collector.stores, self.base)
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         """Takes up the memory of the checkpoint the Trainer has just loaded."""
-        for site, module in self.base.routed_modules().items():
-            flaw = module.router.flaw(module.num_experts)
-            if flaw is not None:
-                raise ValueError(
-                    f"the weights of the checkpoint of step {state.global_step} were cut or edited: "
-                    f"{site}.router.{flaw}."
-                )
-        if state.global_step >= state.max_steps:
-            logger.warning(
-                f"the checkpoint is of step {state.global_step}, and training ends at {state.max_steps}: nothing is "
-                "left to do, but the Trainer may make one more step. Load the model from the checkpoint instead."
-            )
-        clustered = any(module.router.num_clusters for module in self._modules())
-        places = [_checkpoint_folder(args, state)]
-        if isinstance(args.resume_from_checkpoint, str):
-            places.insert(0, Path(args.resume_from_checkpoint))
-        folder = next((place for place in places if (place / file_name(rank())).is_file()), None)
+        folder = find_state(args, state, self.base)
         if folder is not None:
             load_state(folder, rank(), state.global_step, self.memory, self.collector.stores, self.base)
             check_sums(folder)
-        elif clustered or not any(place.is_dir() for place in places):
-            raise ValueError(
-                f"{file_name(rank())} was not found in {[str(place) for place in places]}, so clustering cannot go on "
-                f"from step {state.global_step}. Name the checkpoint in TrainingArguments(resume_from_checkpoint=...) "
-                "too, or resume from a complete one."
-            )
-
-
-def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def _is_count(value: object, least: int) -> bool:
