@@ -97,12 +97,12 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
             )
         if getattr(model, "is_quantized", False) and model.config.cse_layer_indices:
             model._check_what_is_quantized()
-        for key, module in model.named_modules():
-            flaw = module.router.flaw(module.num_experts) if isinstance(module, RoutedModule) else None
+        for site, module in model.base_model.routed_modules().items():
+            flaw = module.router.flaw(module.num_experts)
             if flaw is not None:
                 raise ValueError(
                     f"The weights of the checkpoint {name!r} (model*.safetensors) were cut or edited: "
-                    f"{key}.router.{flaw}."
+                    f"{site}.router.{flaw}."
                 )
         return (model, info) if output_loading_info else model
 
