@@ -162,7 +162,7 @@ def with_metadata(path: Path, change) -> None:
 FOREIGN = {
     "version '2'": lambda tensors, said: said.update(version="2"),
     "written at step 4": lambda tensors, said: said.update(step="4"),
-    "written by 2 processes": lambda tensors, said: said.update(ranks="2"),
+    "written by a run of 2 processes": lambda tensors, said: said.update(ranks="2"),
     "not the clustering state of this model": lambda tensors, said: said.update(shapes='{"layer_1/ffn": [64, 16, 4]}'),
 }
 
