@@ -21,8 +21,9 @@ from transformers.models.bert.modeling_bert import (
     BertPreTrainedModel,
     BertPreTrainingHeads,
 )
+from transformers.processing_utils import Unpack
 from transformers.pytorch_utils import apply_chunking_to_forward
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_cse import CSEBertConfig
@@ -173,7 +174,7 @@ class CSEBertModel(CSEBaseMixin, CSEBertPreTrainedModel, BertModel):
         past_key_values=None,
         use_cache=None,
         given_clusters=None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ):
         given = input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values
         check_inputs(self.tables(), self.config.hidden_size, *given)
@@ -218,7 +219,7 @@ class CSEBertForMaskedLM(CSEBertPreTrainedModel, BertForMaskedLM):
         encoder_attention_mask=None,
         labels=None,
         num_items_in_batch=None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ):
         """As the stock head, but with a loss that is right under gradient accumulation: the stock one is a mean over
         the micro-batch, which `Trainer` then takes for a sum over `num_items_in_batch` tokens."""

@@ -209,12 +209,13 @@ def _markers(domains: list[str]) -> dict[str, str]:
 def _add_legend(figure: Figure, views: list[ClusterView]) -> None:
     dot = {"linestyle": "none", "markersize": 8}
     slots = sorted({int(expert) for view in views for expert in view.experts if expert >= 0})
-    # Bars for colours, since every marker may stand for a domain.
-    entries = {f"expert {slot}": Line2D([], [], color=expert_colour(slot), linewidth=6) for slot in slots}
-    entries["common"] = Line2D([], [], color=expert_colour(-1), linewidth=6)
+    # Bars for colours, since every marker may stand for a domain. No dict: a domain may be called "common".
+    entries = [(f"expert {slot}", Line2D([], [], color=expert_colour(slot), linewidth=6)) for slot in slots]
+    entries.append(("common", Line2D([], [], color=expert_colour(-1), linewidth=6)))
     if views[0].domains is not None:
         for domain, marker in _markers(views[0].domains).items():
-            entries[plain(domain)] = Line2D([], [], marker=marker, color=MARKER_COLOUR, **dot)
-    entries["centroid"] = Line2D([], [], marker="X", color="white", markeredgecolor="black", **dot)
+            entries.append((plain(domain), Line2D([], [], marker=marker, color=MARKER_COLOUR, **dot)))
+    entries.append(("centroid", Line2D([], [], marker="X", color="white", markeredgecolor="black", **dot)))
+    labels, handles = zip(*entries, strict=True)
     style = LEGEND | {"loc": "outside lower center", "handlelength": 1, "columnspacing": 1.5}
-    figure.legend(entries.values(), entries.keys(), ncols=min(len(entries), 9), **style)
+    figure.legend(handles, labels, ncols=min(len(entries), 9), **style)

@@ -16,7 +16,7 @@ from .style import DOMAIN_COLOURS, LEGEND, RUN_COLOURS, expert_colour, new_figur
 
 # Dotted is left to the vertical lines.
 STYLES = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)))
-PERPLEXITY_KEY = re.compile(r"eval_(?:(.+)_)?perplexity")
+PERPLEXITY_KEY = re.compile(r"eval_(?:(.+)_)?perplexity", re.DOTALL)
 
 Entries = list[dict]
 
@@ -209,8 +209,8 @@ def _draw_routing(axis: Axes, routing: dict[str, list[float]]) -> None:
         colour = expert_colour(-1 if label == "common" else index)
         places = [place + (index - (len(bars) - 1) / 2) * width for place in range(len(domains))]
         axis.bar(places, shares, width * 0.92, color=colour, label=label)
-    crowded = sum(len(domain) for domain in domains) > 40
     names = [plain(domain) for domain in domains]
+    crowded = sum(len(name) for name in names) > 40
     axis.set_xticks(range(len(names)), names, rotation=30 if crowded else 0, ha="right" if crowded else "center")
     axis.tick_params(axis="x", length=0)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))

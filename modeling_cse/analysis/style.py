@@ -14,6 +14,7 @@ RUN_COLOURS = ("#000000", "#7A7A7A", "#444444", "#A8A8A8")
 EXPERT_COLOURS = ("#332288", "#DDCC77", "#AA4499", "#88CCEE", "#882255", "#44AA99", "#999933", "#CC6677", "#117733")
 COMMON_COLOUR = "#C8C8C8"
 
+LONGEST_LABEL = 40
 LEGEND = {"loc": "upper right", "framealpha": 0.85, "edgecolor": "none", "handlelength": 3, "fontsize": 9}
 
 
@@ -37,5 +38,8 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 def plain(text: str) -> str:
-    """Matplotlib takes text between dollar signs for formulas and hides labels that begin with an underscore."""
-    return text.replace("$", r"\$").replace("_", " ").strip() or "unnamed"
+    """A label of one line that shows a name from data. Matplotlib takes text between dollar signs for formulas, hides
+    labels that begin with an underscore, cannot draw lone surrogates, and gives a long label all the room there is."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text.replace("_", " ")).split())
+    shown = line if len(line) <= LONGEST_LABEL else line[: LONGEST_LABEL - 1] + "…"
+    return shown.replace("$", r"\$") or "unnamed"

@@ -112,12 +112,12 @@ def write_model_card(
 
 def escape(value: Any) -> str:
     """Make one line of Markdown that shows a value and does nothing else, inside a table cell too."""
-    text = MARKUP.sub(lambda match: ENTITIES.get(match[0]) or "\\" + match[0], _line(value))
+    text = MARKUP.sub(lambda match: ENTITIES.get(match[0]) or "\\" + match[0], one_line(value))
     # Without a dot there is no address, without the full address no automatic link.
     return re.sub(r"(?i)(https?|ftp):|www\.", lambda match: match[0][:-1] + f"&#{ord(match[0][-1])};", text)
 
 
-def _line(value: Any) -> str:
+def one_line(value: Any) -> str:
     """One line without control characters, nor the invisible ones that turn the direction of text."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
 
@@ -184,9 +184,9 @@ def _eval_results(perplexities: Mapping[str, float], data: Mapping[str, Any], ta
                 EvalResult(
                     task_type=task,
                     dataset_type=dataset if isinstance(dataset, str) and _is_hub_id(dataset) else "custom",
-                    dataset_name=_line(domain),
+                    dataset_name=one_line(domain),
                     # Entries that share type, config and split are merged into one by the library.
-                    dataset_config=_line(domain),
+                    dataset_config=one_line(domain),
                     dataset_split="validation",
                     metric_type="perplexity",
                     metric_name="Validation perplexity",

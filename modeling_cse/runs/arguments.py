@@ -171,7 +171,10 @@ def parse_arguments(
 def _read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"the recipe {str(path)!r} does not exist.")
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"the recipe {str(path)!r} cannot be read: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"the recipe {str(path)!r} is not allowed: it must be a mapping of settings to values.")
     unknown = sorted(set(recipe) - known)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from ..analysis import plot_run, read_metrics
 from ..evaluation import PerplexityByDomain, expert_shares, token_losses
 from ..hub import write_model_card
+from ..hub.cards import escape, one_line
 
 
 Batches = Callable[[Dataset], Iterable[dict[str, torch.Tensor]]]
@@ -62,7 +63,7 @@ def report_run(
         base_model=base_model,
     )
     print(f"\n{table}\nroutes:   share of tokens that go to experts  " + _routing_line(routing))
-    print(f"sentence: {report['sentence']}\nrun:      {folder} (figure.png, report.json, cse/)")
+    print(f"sentence: {one_line(report['sentence'])}\nrun:      {folder} (figure.png, report.json, cse/)")
     return report
 
 
@@ -88,12 +89,12 @@ def perplexity_table(perplexity: dict[str, dict[str, float]]) -> str:
     """Markdown: a row a domain, a column a run, and how far CSE is from its dense twin."""
     runs = list(perplexity)
     twin = {"cse", "dense"} <= set(runs)
-    rows = [["validation perplexity", *runs, *(["cse / dense"] if twin else [])]]
+    rows = [["validation perplexity", *map(escape, runs), *(["cse / dense"] if twin else [])]]
     rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
     for domain in perplexity[runs[0]]:
         values = [perplexity[run][domain] for run in runs]
         ratio = [f"{perplexity['cse'][domain] / perplexity['dense'][domain]:.3f}"] if twin else []
-        rows.append([domain, *(f"{value:.2f}" for value in values), *ratio])
+        rows.append([escape(domain), *(f"{value:.2f}" for value in values), *ratio])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -123,7 +124,7 @@ def _common_labels(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _routing_line(routing: dict[str, list[float]]) -> str:
-    return ", ".join(f"{domain} {sum(shares):.1%}" for domain, shares in routing.items())
+    return ", ".join(f"{one_line(domain)} {sum(shares):.1%}" for domain, shares in routing.items())
 
 
 def _used(recipe: dict[str, Any]) -> dict[str, Any]:
