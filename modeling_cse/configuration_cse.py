@@ -41,6 +41,12 @@ BERT_AUTO_MAP = {
 }
 
 
+def _experts_plan(experts: str) -> dict[str, str]:
+    """Expert parallelism of the FFN experts of this name: whole slots on each rank, tokens brought to them."""
+    tensors = ("up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
+    return {**{f"{experts}.{name}": "grouped_gemm" for name in tensors}, experts: "ep_dispatch_experts"}
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -210,6 +216,9 @@ class CSEGPT2Config(CSEFlags, GPT2Config):
     _auto_class = "AutoConfig"
     _heads_auto_map = GPT2_AUTO_MAP
     base_model_fsdp_plan = {"wte": "free_full_weight", "h.*": "free_full_weight", "ln_f": "keep_full_weight"}
+    base_model_ep_plan = _experts_plan("h.*.mlp.experts")
+    # no style of upstream's takes a `Conv1D`: its weights are transposed, and query, key and value one tensor
+    base_model_tp_plan = {"wte": "embedding_rowwise"}
 
     @property
     def base_ffn_size(self) -> int:
@@ -231,6 +240,17 @@ class CSEBertConfig(CSEFlags, BertConfig):
         "embeddings": "free_full_weight",
         "encoder.layer.*": "free_full_weight",
         "pooler": "keep_full_weight",
+    }
+    base_model_ep_plan = _experts_plan("encoder.layer.*.mlp.experts")
+    # Experts are in no such plan: upstream sums over ranks what each computes with a part of their units, and has no
+    # style for a bias that comes after it.
+    base_model_tp_plan = {
+        "encoder.layer.*.attention.self.query": "colwise",
+        "encoder.layer.*.attention.self.key": "colwise",
+        "encoder.layer.*.attention.self.value": "colwise",
+        "encoder.layer.*.attention.output.dense": "rowwise",
+        "encoder.layer.*.intermediate.dense": "colwise",
+        "encoder.layer.*.output.dense": "rowwise",
     }
 
     cse_routing: Any = "sequence"

@@ -105,6 +105,11 @@ class RoutedModule:
     def combine(self) -> str:
         return self.router.config.cse_combine
 
+    @property
+    def _some_experts_elsewhere(self) -> bool:
+        """Whether the experts are spread over processes; asked of them, and not of an adapter around them."""
+        return next(part for part in self.experts.modules() if isinstance(part, FusedExperts))._some_experts_elsewhere
+
     def check_base(self) -> None:
         """Says at the start of a fit what would otherwise fail at its end.
 
@@ -140,7 +145,7 @@ class RoutedModule:
     def _mix_gathered(self, hidden_states, tokens, base, answer):
         """Each token pays for what it uses: rows are gathered by kind first."""
         states, routed = hidden_states.flatten(0, 1), tokens.routed
-        if not len(routed) and not self._experts_must_have_gradients():
+        if not len(routed) and not self._experts_must_be_asked():
             return base(hidden_states)
         answers = answer(states.index_select(0, routed))
         if self.combine == "add" or not len(routed):
@@ -164,10 +169,14 @@ class RoutedModule:
         routed = (tokens.expert_ids < self.num_experts).view(*output.shape[:2], 1)
         return torch.where(routed, answers, output)
 
-    def _experts_must_have_gradients(self) -> bool:
-        """DistributedDataParallel waits for a gradient of every parameter, also in a batch that routes nothing. Where
+    def _experts_must_be_asked(self) -> bool:
+        """Also where nothing is routed. Of expert-parallel ranks with batches of their own, the others wait for it.
+
+        DistributedDataParallel waits for a gradient of every parameter, also in a batch that routes nothing. Where
         experts are in use one process gives it too: without a gradient the optimizer passes experts over, with a zero
         one their momentum goes on, and a run must not depend on how many processes share its batches."""
+        if self._some_experts_elsewhere:
+            return True
         if not (torch.is_grad_enabled() and self.training):
             return False
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -185,7 +194,12 @@ class RoutedFFN(RoutedModule):
 
     def _answer(self, expert_ids, states):
         """One expert a token: ids (N,) and states (N, d) give (N, d), zeros where there is no expert (id E)."""
-        return self.experts(states, expert_ids.unsqueeze(-1), states.new_ones(states.shape[0], 1))
+        ids, weights = expert_ids.unsqueeze(-1), states.new_ones(states.shape[0], 1)
+        if self._some_experts_elsewhere:
+            # upstream brings each token to the rank of its expert, and knows none called E: any will do, at weight 0
+            weights = weights.masked_fill(ids == self.num_experts, 0.0)
+            ids = ids.clamp(max=self.num_experts - 1)
+        return self.experts(states, ids, weights)
 
 
 class RoutedAttention(RoutedModule):

@@ -41,6 +41,8 @@ class FusedExperts(nn.Module):
     (`cse_combine="replace"`), or with a zero output (`"add"`).
     """
 
+    _some_experts_elsewhere = False  # whether expert parallelism has left this process a part of the slots
+
     def __init__(self, config):
         super().__init__()
         self.num_experts = config.cse_num_experts

@@ -175,6 +175,7 @@ class CSEGPT2Model(CSEBaseMixin, CSEGPT2PreTrainedModel, GPT2Model):
 
 class CSEGPT2ForCausalLM(CSEGPT2PreTrainedModel, GPT2LMHeadModel, GenerationMixin):
     _auto_class = "AutoModelForCausalLM"
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     # The stock heads build a stock base: each `__init__` below stands for theirs, word by word but for the base.
     def __init__(self, config: CSEGPT2Config):

@@ -46,6 +46,33 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
         # accelerate's FSDP refuses a name of which there is no module: all layers, or none, may have experts
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
+    def init_parallel_plans(self) -> None:
+        super().init_parallel_plans()
+        if "attention" in self.config.cse_modules and self.config.cse_layer_indices:
+            # what experts answer is whole, and a part of the base's answer cannot stand beside it
+            self._tp_plan = {name: style for name, style in self._tp_plan.items() if ".attention." not in name}
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """
+        As upstream.
+
+        Raises:
+            ValueError: a number of ranks that does not go into the attention heads, or pipeline parallelism.
+        """
+        config, sizes = model.config, distributed_config
+        if sizes is not None and sizes.pp_size > 1:
+            raise ValueError(
+                f"pp_size={sizes.pp_size} is not allowed for {cls.__name__}: it has no pipeline plan, so it must be 1."
+            )
+        spread = any(".attention." in name for name in model.tp_plan)
+        if sizes is not None and spread and config.num_attention_heads % sizes.tp_size:
+            raise ValueError(
+                f"tp_size={sizes.tp_size} is not allowed: it must divide num_attention_heads="
+                f"{config.num_attention_heads}."
+            )
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)

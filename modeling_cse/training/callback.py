@@ -13,7 +13,7 @@ from ..clustering import ClusterSettings, move_clusters
 from ..dispatch_cse import RoutedModule, Site
 from ..sharding_cse import is_sharded
 from .checkpoints import check_sums
-from .collecting import FeatureCollector, refuse_adapters, routed_base_model
+from .collecting import FeatureCollector, refuse_adapters, refuse_parallel_plans, routed_base_model
 from .fitting import fit_layers
 from .gathering import gather_features, local_capacity, rank, world_size
 from .memory import ClusterMemory, load_state, save_state
@@ -123,6 +123,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self.detach()
         self.automatic, self.saves = None, CheckpointSaves()
         refuse_adapters(model)
+        refuse_parallel_plans(model)
         self.base = routed_base_model(model)
         self._check_model()
         check_stage(model)

@@ -51,6 +51,25 @@ def refuse_adapters(model: nn.Module) -> None:
         )
 
 
+def refuse_parallel_plans(model: nn.Module) -> None:
+    """
+    Ranks that share a batch, as tensor parallelism has them, would be sampled as if each had a batch of its own; and
+    experts that stand on one rank each cannot be started from a base that is spread otherwise.
+
+    Raises:
+        ValueError: the model was loaded with a tensor- or expert-parallel plan of transformers.
+    """
+    sizes = getattr(getattr(model, "config", None), "distributed_config", None)
+    for name in ("tp_size", "ep_size"):
+        size = getattr(sizes, name, None) or 1
+        if size > 1:
+            raise ValueError(
+                f"{name}={size} is not allowed where clusters are fitted, so it must be 1: ranks that share a batch "
+                "would be sampled as if they had different ones, and fits write whole experts. Train with DDP or "
+                "FSDP2, save the model, and load it with distributed_config=... then."
+            )
+
+
 _COLLECTORS: "WeakValueDictionary[int, FeatureCollector]" = WeakValueDictionary()
 _numbers = count()
 

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..clustering import ClusterSettings, LayerFit, RoutingFeatures, fit_layer, identities_of, write_fit
 from ..dispatch_cse import RoutedModule, Site
-from .collecting import FeatureCollector, refuse_adapters, routed_base_model
+from .collecting import FeatureCollector, refuse_adapters, refuse_parallel_plans, routed_base_model
 from .gathering import gather_features, local_capacity, on_first_rank
 from .memory import ClusterMemory
 from .reading import INPUTS
@@ -138,7 +138,7 @@ def fit_experts(
 
     Raises:
         ValueError: no batch, fewer sequences than clusters, features that are not finite, a wrong setting, a quantised
-            base, or a model under PEFT adapters.
+            base, a model under PEFT adapters, or one with a tensor- or expert-parallel plan.
     """
     unknown = sorted(set(settings) - {field.name for field in fields(ClusterSettings)})
     if unknown:
@@ -148,6 +148,7 @@ def fit_experts(
     if not isinstance(sample_size, int) or isinstance(sample_size, bool) or sample_size < least:
         raise ValueError(f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={least}.")
     refuse_adapters(model)
+    refuse_parallel_plans(model)
     base = routed_base_model(model)
     for module in base.routed_modules().values():
         module.check_base()
