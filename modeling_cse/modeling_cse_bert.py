@@ -197,8 +197,13 @@ class CSEBertModel(CSEBaseMixin, CSEBertPreTrainedModel, BertModel):
         )
 
 
+# Tied to the embedding, which the plan leaves whole: spread over processes as GPT-2's is, the head failed.
+WHOLE_HEAD = {"cls.predictions.decoder": "replicate"}
+
+
 class CSEBertForMaskedLM(CSEBertPreTrainedModel, BertForMaskedLM):
     _auto_class = "AutoModelForMaskedLM"
+    _tp_plan = WHOLE_HEAD
 
     # The stock heads build a stock base: each `__init__` below stands for theirs, but for the base.
     def __init__(self, config: CSEBertConfig):
@@ -246,6 +251,7 @@ class CSEBertForMaskedLM(CSEBertPreTrainedModel, BertForMaskedLM):
 
 class CSEBertForPreTraining(CSEBertPreTrainedModel, BertForPreTraining):
     _auto_class = "AutoModelForPreTraining"
+    _tp_plan = WHOLE_HEAD
 
     def __init__(self, config: CSEBertConfig):
         super(BertForPreTraining, self).__init__(config)
