@@ -270,7 +270,7 @@ class CSEBertForPreTraining(CSEBertPreTrainedModel, BertForPreTraining):
         labels=None,
         next_sentence_label=None,
         num_items_in_batch=None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ):
         """As the stock head; with `num_items_in_batch`, the loss is `pretraining_loss`."""
         counted = num_items_in_batch is not None and labels is not None and next_sentence_label is not None
