@@ -145,7 +145,7 @@ class FeatureStore:
         self.parts: list[RoutingFeatures] = []
         self.seen = 0
         self._taken = 0
-        self._next_pass = 0
+        self.passes = 0
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -153,8 +153,8 @@ class FeatureStore:
     def add(self, features: RoutingFeatures) -> None:
         """Takes what one forward pass gave."""
         self.seen += len(features)
-        self.parts.append(replace(features, passes=torch.full_like(features.passes, self._next_pass)))
-        self._next_pass += 1
+        self.parts.append(replace(features, passes=torch.full_like(features.passes, self.passes)))
+        self.passes += 1
         surplus = len(self) - self.capacity
         while surplus > 0:
             dropped = min(surplus, len(self.parts[0]))
@@ -186,9 +186,8 @@ class FeatureStore:
         self.parts = []
         self._taken = self.seen
 
-    def restore(self, features: RoutingFeatures | None, seen: int) -> None:
+    def restore(self, features: RoutingFeatures | None, seen: int, passes: int) -> None:
         """Takes up what a checkpoint holds."""
         self.parts = [] if features is None else [features]
         self.seen = self._taken = seen
-        # every process has kept something of the last pass, or all have been cleared
-        self._next_pass = int(features.passes.max()) + 1 if self.parts else 0
+        self.passes = passes

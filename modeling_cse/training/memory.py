@@ -82,6 +82,7 @@ def save_state(
         "ranks": str(world_size()),
         "fits": str(memory.fits),
         "seen": json.dumps({str(site): store.seen for site, store in stores.items()}),
+        "passes": json.dumps({str(site): store.passes for site, store in stores.items()}),
         "shapes": json.dumps(_shapes(base)),
         "routers": _digest(_routing_state(base), {}),
     }
@@ -122,11 +123,11 @@ def load_state(
     named = load_file(path)
     memory.fits = int(metadata["fits"])
     memory.load(named)
-    seen = json.loads(metadata["seen"])
+    seen, passes = json.loads(metadata["seen"]), json.loads(metadata["passes"])
     for site, store in stores.items():
         prefix = f"features.{site}."
         fields = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
-        store.restore(RoutingFeatures(**fields) if fields else None, seen[str(site)])
+        store.restore(RoutingFeatures(**fields) if fields else None, seen[str(site)], passes[str(site)])
 
 
 def read_metadata(path: Path) -> dict[str, str]:
