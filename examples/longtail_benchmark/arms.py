@@ -1,0 +1,157 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""The opponents: what each arm of the benchmark is, and the model it trains."""
+
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from modeling_cse import ClusterExpertsCallback, CSEBertConfig, CSEBertForMaskedLM, CSEGPT2Config, CSEGPT2ForCausalLM
+from modeling_cse.data import label_at_random, label_by_domain
+from modeling_cse.evaluation.switch import (
+    SwitchBertConfig,
+    SwitchBertForMaskedLM,
+    SwitchGPT2Config,
+    SwitchGPT2ForCausalLM,
+)
+
+
+KINDS = ("dense", "switch", "cse")
+CONTROLS = (None, "oracle", "random")
+CLASSES = {
+    ("gpt2", "cse"): (CSEGPT2Config, CSEGPT2ForCausalLM),
+    ("gpt2", "switch"): (SwitchGPT2Config, SwitchGPT2ForCausalLM),
+    ("bert", "cse"): (CSEBertConfig, CSEBertForMaskedLM),
+    ("bert", "switch"): (SwitchBertConfig, SwitchBertForMaskedLM),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One opponent.
+
+    Fields:
+        kind: "dense", "switch" (learned top-1 routing) or "cse".
+        model: config values beside those of the size.
+        clusters: arguments of `ClusterExpertsCallback` (kind "cse").
+        control: clusters that come with the data in place of found ones: "oracle" (the domain) or "random" (of the
+            domains' sizes).
+        training: `TrainingArguments` beside those of the size.
+        start: name of the arm whose final model this one goes on from, on the text of `domain` alone.
+        domain: the long-tail domain of such a stage.
+    """
+
+    name: str
+    kind: str
+    model: dict[str, Any] = field(default_factory=dict)
+    clusters: dict[str, Any] = field(default_factory=dict)
+    control: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
+    domain: str | None = None
+
+    def __post_init__(self):
+        for name, allowed in (("kind", KINDS), ("control", CONTROLS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be one of {allowed}.")
+        if self.kind != "cse" and (self.clusters or self.control):
+            raise ValueError(f"clusters={self.clusters!r}, control={self.control!r} is not allowed for {self.kind!r}.")
+        if (self.start is None) != (self.domain is None):
+            raise ValueError(f"start={self.start!r} and domain={self.domain!r} belong together.")
+
+
+def read_arms(path: Path) -> dict[str, Arm]:
+    """
+    The arms of a YAML file: name to fields. `like: other` takes over the fields of an arm above it, and merges
+    mappings.
+
+    Raises:
+        ValueError: an arm that is not there, or a wrong field.
+    """
+    fields: dict[str, dict] = {}
+    for name, own in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        own = dict(own or {})
+        like = own.pop("like", None)
+        if like is not None and like not in fields:
+            raise ValueError(f"like={like!r} is not allowed in {name!r}: it must be one of {sorted(fields)}.")
+        merged = deepcopy(fields[like]) if like else {}
+        for key, value in own.items():
+            merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+        fields[name] = merged
+    return {name: Arm(name, **values) for name, values in fields.items()}
+
+
+def build_config(arm: Arm, family: str, size: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The config of an arm's model; a dense model is a CSE model without layers."""
+    config_class, _ = CLASSES[family, "switch" if arm.kind == "switch" else "cse"]
+    values = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    values |= {"vocab_size": len(tokenizer), **size}
+    if arm.kind == "dense":
+        values["cse_layers"] = []
+    if arm.control:
+        values["cse_routing"] = "given"
+    return config_class(**{**values, **arm.model})
+
+
+def build_model(
+    arm: Arm, family: str, size: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
+    """The model of an arm before training: every weight that the dense model has too starts as the dense one's."""
+    dense = Arm("dense", "dense")
+    set_seed(seed)
+    start = CLASSES[family, "cse"][1](build_config(dense, family, size, tokenizer)).state_dict()
+    model_class = CLASSES[family, "switch" if arm.kind == "switch" else "cse"][1]
+    set_seed(seed + 1)
+    model = model_class(build_config(arm, family, size, tokenizer))
+    own = model.state_dict()
+    model.load_state_dict(
+        {name: weight for name, weight in start.items() if name in own and own[name].shape == weight.shape},
+        strict=False,
+    )
+    return model
+
+
+def build_callback(arm: Arm, seed: int) -> ClusterExpertsCallback | None:
+    """What keeps the clusters of an arm; None for arms without."""
+    if arm.kind != "cse":
+        return None
+    clusters = {"seed": seed, **arm.clusters}
+    if arm.control:
+        clusters = {name: clusters[name] for name in ("warmup", "sample_size", "common_share", "seed") if name in clusters}
+        clusters |= {"algorithm": "given", "update": "frozen"}
+    return ClusterExpertsCallback(**clusters)
+
+
+def label(arm: Arm, blocks: Dataset, shares: dict[str, float], seed: int) -> Dataset:
+    """The clusters of a control as a column, the others without. Text of the general domain has the largest cluster."""
+    if arm.control == "oracle":
+        return label_by_domain(blocks, sorted(shares))
+    if arm.control == "random":
+        return label_at_random(blocks, [shares[domain] for domain in sorted(shares)], seed)
+    return blocks
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """`total`: all parameters, tied ones once; `active`: the mean over routes is in the results, this is the most that
+    one token uses."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    idle = 0
+    for module in model.modules():
+        if hasattr(module, "num_experts") and isinstance(getattr(module, "up_proj", None), nn.Parameter):
+            idle += sum(parameter[1:].numel() for parameter in module.parameters())
+    return {"total": total, "active": total - idle}
+
+
+def with_learning_rate(arm: Arm, learning_rate: float) -> Arm:
+    """The arm at another learning rate."""
+    return replace(arm, training={**arm.training, "learning_rate": learning_rate})
+
+
+__all__ = ["Arm", "build_callback", "build_config", "build_model", "count_parameters", "label", "read_arms"]
