@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from datasets import Dataset
 from torch import nn
@@ -24,6 +23,8 @@ from modeling_cse.evaluation.switch import (
 
 KINDS = ("dense", "switch", "cse")
 CONTROLS = (None, "oracle", "random")
+# What a domain stage must say, as the size does not: how long, how fast, how often it is validated.
+STAGE_TRAINING = {"num_train_epochs", "learning_rate", "eval_steps"}
 CLASSES = {
     ("gpt2", "cse"): (CSEGPT2Config, CSEGPT2ForCausalLM),
     ("gpt2", "switch"): (SwitchGPT2Config, SwitchGPT2ForCausalLM),
@@ -44,7 +45,8 @@ class Arm:
         control: clusters that come with the data in place of found ones: "oracle" (the domain) or "random" (of the
             domains' sizes).
         training: `TrainingArguments` beside those of the size.
-        start: name of the arm whose final model this one goes on from, on the text of `domain` alone.
+        start: name of the arm whose final model this one goes on from, on the text of `domain` alone (stage.py);
+            `training` must then say how.
         domain: the long-tail domain of such a stage.
     """
 
@@ -65,6 +67,10 @@ class Arm:
             raise ValueError(f"clusters={self.clusters!r}, control={self.control!r} is not allowed for {self.kind!r}.")
         if (self.start is None) != (self.domain is None):
             raise ValueError(f"start={self.start!r} and domain={self.domain!r} belong together.")
+        if self.start is not None and self.kind == "cse":
+            raise ValueError(f"start={self.start!r} is not allowed for 'cse': clusters are those of the mixture.")
+        if self.start is not None and not STAGE_TRAINING <= self.training.keys():
+            raise ValueError(f"training={self.training!r} is not allowed: a stage needs {sorted(STAGE_TRAINING)}.")
 
 
 def read_arms(path: Path) -> dict[str, Arm]:
@@ -88,6 +94,11 @@ def read_arms(path: Path) -> dict[str, Arm]:
     return {name: Arm(name, **values) for name, values in fields.items()}
 
 
+def model_class(arm: Arm, family: str) -> type[PreTrainedModel]:
+    """The class of an arm's model."""
+    return CLASSES[family, "switch" if arm.kind == "switch" else "cse"][1]
+
+
 def build_config(arm: Arm, family: str, size: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The config of an arm's model; a dense model is a CSE model without layers."""
     config_class, _ = CLASSES[family, "switch" if arm.kind == "switch" else "cse"]
@@ -107,9 +118,8 @@ def build_model(
     dense = Arm("dense", "dense")
     set_seed(seed)
     start = CLASSES[family, "cse"][1](build_config(dense, family, size, tokenizer)).state_dict()
-    model_class = CLASSES[family, "switch" if arm.kind == "switch" else "cse"][1]
     set_seed(seed + 1)
-    model = model_class(build_config(arm, family, size, tokenizer))
+    model = model_class(arm, family)(build_config(arm, family, size, tokenizer))
     own = model.state_dict()
     model.load_state_dict(
         {name: weight for name, weight in start.items() if name in own and own[name].shape == weight.shape},
@@ -124,13 +134,14 @@ def build_callback(arm: Arm, seed: int) -> ClusterExpertsCallback | None:
         return None
     clusters = {"seed": seed, **arm.clusters}
     if arm.control:
-        clusters = {name: clusters[name] for name in ("warmup", "sample_size", "common_share", "seed") if name in clusters}
+        kept = ("warmup", "sample_size", "common_share", "seed")
+        clusters = {name: clusters[name] for name in kept if name in clusters}
         clusters |= {"algorithm": "given", "update": "frozen"}
     return ClusterExpertsCallback(**clusters)
 
 
 def label(arm: Arm, blocks: Dataset, shares: dict[str, float], seed: int) -> Dataset:
-    """The clusters of a control as a column, the others without. Text of the general domain has the largest cluster."""
+    """The clusters of a control as a column, the others without. Text of the general domain has the largest one."""
     if arm.control == "oracle":
         return label_by_domain(blocks, sorted(shares))
     if arm.control == "random":
@@ -154,4 +165,14 @@ def with_learning_rate(arm: Arm, learning_rate: float) -> Arm:
     return replace(arm, training={**arm.training, "learning_rate": learning_rate})
 
 
-__all__ = ["Arm", "build_callback", "build_config", "build_model", "count_parameters", "label", "read_arms"]
+__all__ = [
+    "Arm",
+    "build_callback",
+    "build_config",
+    "build_model",
+    "count_parameters",
+    "label",
+    "model_class",
+    "read_arms",
+    "with_learning_rate",
+]

@@ -14,7 +14,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ GENERAL = "general"
 SPLITS = ("test", "validation", "train")
 # Brown et al. (arXiv 2005.14165, appendix C) look for runs of 13 words.
 OVERLAP_WORDS = 13
+# A shorter test row is too common a phrase to be looked for.
+SHORTEST_ROW = 8
 # A token has about four characters.
 CHARACTERS = 4
 FEATURES = Features({"input_ids": List(Value("uint16")), "domain": Value("string")})
@@ -85,10 +87,14 @@ def normalised_words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
+def hash_of(text: str) -> int:
+    """A number of 64 bits that is the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
 def _split_of(text: str) -> str:
     """The split of a document: a twentieth each for the test and for validation, by hash."""
-    number = int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-    return {0: "test", 1: "validation"}.get(number % 20, "train")
+    return {0: "test", 1: "validation"}.get(hash_of(text) % 20, "train")
 
 
 def _runs(words: list[str], length: int) -> Iterator[bytes]:
@@ -109,19 +115,38 @@ class TestOverlap:
     def __init__(self, tasks: dict[str, Iterable[str]]):
         self.runs: dict[bytes, str] = {}
         self.short: dict[int, dict[bytes, str]] = {}
+        self.numbers: dict[str, int] = {}
+        self.factors = np.random.default_rng(0).integers(1, 2**63, SHORTEST_ROW, dtype=np.uint64)
+        beginnings = [np.zeros(0, np.uint64)]
         for task, texts in tasks.items():
             for text in texts:
                 words = normalised_words(text)
                 if len(words) >= OVERLAP_WORDS:
                     self.runs.update(dict.fromkeys(_runs(words, OVERLAP_WORDS), task))
-                elif len(words) >= 8:
+                elif len(words) >= SHORTEST_ROW:
                     self.short.setdefault(len(words), {}).update(dict.fromkeys(_runs(words, len(words)), task))
+                for word in words:
+                    self.numbers.setdefault(word, len(self.numbers) + 1)
+                beginnings.append(self._beginnings(words))
+        self.beginnings = np.unique(np.concatenate(beginnings))
+
+    def _beginnings(self, words: list[str]) -> np.ndarray:
+        """(words - 7,) uint64: a weak hash of 8 words from each place on, cheap for all places at once."""
+        numbers = np.array([self.numbers.get(word, 0) for word in words], dtype=np.uint64)
+        if len(numbers) < SHORTEST_ROW:
+            return numbers[:0]
+        return np.lib.stride_tricks.sliding_window_view(numbers, SHORTEST_ROW) @ self.factors
 
     def task_of(self, text: str) -> str | None:
         """The task of which a test row stands in a document; None for a document that may be trained on."""
         words = normalised_words(text)
+        # every run begins with 8 words of a test row, so that few places are left to look at
+        found = self._beginnings(words)
+        nearest = np.searchsorted(self.beginnings, found).clip(max=len(self.beginnings) - 1)
+        places = np.flatnonzero(self.beginnings[nearest] == found).tolist() if len(self.beginnings) else []
         for length, runs in ((OVERLAP_WORDS, self.runs), *sorted(self.short.items())):
-            for run in _runs(words, length):
+            for place in places:
+                run = next(_runs(words[place : place + length], length), None)
                 if run in runs:
                     return runs[run]
         return None
@@ -283,11 +308,12 @@ class Corpus:
         """
         folder = Path(folder)
         if not (folder / "corpus.json").is_file():
-            raise ValueError(f"folder={str(folder)!r} is not allowed: it holds no corpus.json. Build it with corpus.py.")
+            raise ValueError(f"folder={str(folder)!r} is not allowed: it holds no corpus.json; corpus.py builds it.")
         mixture = Mixture(**json.loads((folder / "corpus.json").read_text(encoding="utf-8"))["mixture"])
         files = {split: str(folder / f"{split}.parquet") for split in SPLITS}
         splits = load_dataset("parquet", data_files=files)
-        return cls(mixture, AutoTokenizer.from_pretrained(folder / "tokenizer"), *(splits[s] for s in reversed(SPLITS)))
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        return cls(mixture, tokenizer, splits["train"], splits["validation"], splits["test"])
 
 
 def main() -> None:
@@ -296,9 +322,12 @@ def main() -> None:
     parser.add_argument("--mixture", type=Path, default=Path(__file__).parent / "mixtures" / "main.json")
     parser.add_argument("--text", type=Path, required=True, help="folder of <source>.jsonl.gz files")
     parser.add_argument("--tasks", type=Path, help="folder of <task>/test.jsonl.gz, removed from the text")
+    parser.add_argument("--family", choices=("gpt2", "bert"), help="in place of the mixture's")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     mixture = Mixture(**json.loads(arguments.mixture.read_text(encoding="utf-8")))
+    if arguments.family:
+        mixture = replace(mixture, family=arguments.family)
     overlap = TestOverlap(test_texts(arguments.tasks) if arguments.tasks else {})
     CorpusBuilder(mixture, arguments.text, overlap).build(arguments.output)
     print((arguments.output / "corpus.json").read_text(encoding="utf-8"))

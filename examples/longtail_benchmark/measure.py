@@ -37,8 +37,8 @@ class Losses:
 
 @torch.no_grad()
 def measure(model: nn.Module, blocks: Dataset, causal: bool, batch_size: int = 16) -> Losses:
-    """Losses and routes of every token of `blocks` (columns `input_ids`, `domain`, others the model takes; `labels` for
-    a masked model)."""
+    """Losses and routes of every token of `blocks` (columns `input_ids`, `domain`, others that the model takes; with
+    `labels` for a masked model)."""
     model.eval()
     routed = hasattr(model.base_model, "routed_modules") and model.base_model.routed_modules()
     nll, predicted, clusters = [], [], []
@@ -62,7 +62,8 @@ def measure(model: nn.Module, blocks: Dataset, causal: bool, batch_size: int = 1
         ids = np.concatenate([batch[place] for batch in clusters])
         owners = np.append(module.router.cluster_expert.cpu().numpy(), -1)  # cluster -1 is the base's
         clusters_by_site[str(site)], experts[str(site)] = ids, owners[ids].astype(np.int16)
-    return Losses(np.asarray(blocks["domain"]), np.concatenate(nll), np.concatenate(predicted), experts, clusters_by_site)
+    domains = np.asarray(blocks["domain"])
+    return Losses(domains, np.concatenate(nll), np.concatenate(predicted), experts, clusters_by_site)
 
 
 def summary(losses: Losses) -> dict:

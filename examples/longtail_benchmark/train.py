@@ -5,25 +5,23 @@
 """
 
 import argparse
-import json
-import os
-import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from safetensors.numpy import save_file
-from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator, set_seed
+from arms import Arm, build_callback, build_model, count_parameters, label, read_arms
+from blocks import training_blocks
+from corpus import Corpus
+from records import evaluate, open_folder, read_result, write_result
+from stage import train_stage
+from trainer import ExpertRatesTrainer, Stopwatch
+from transformers import TrainerCallback, TrainingArguments, default_data_collator, set_seed
 
 from modeling_cse.runs.folder import JsonLinesCallback
 from modeling_cse.training import last_complete_checkpoint
-
-from arms import Arm, build_callback, build_model, count_parameters, label, read_arms
-from corpus import Corpus
-from measure import measure, summary
 
 
 HERE = Path(__file__).parent
@@ -40,47 +38,49 @@ class Size:
 
     @classmethod
     def load(cls, name: str) -> "Size":
-        """Reads `sizes/<name>.yaml`."""
-        return cls(name, **yaml.safe_load((HERE / "sizes" / f"{name}.yaml").read_text(encoding="utf-8")))
+        """Reads `sizes/<name>.yaml`, or a file that is named with its ending."""
+        path = Path(name) if name.endswith(".yaml") else HERE / "sizes" / f"{name}.yaml"
+        return cls(path.stem, **yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
-class ExpertRatesTrainer(Trainer):
-    """A Trainer whose experts may have a learning rate of their own."""
+def train(
+    arm: Arm,
+    seed: int,
+    size: Size,
+    corpus: Corpus,
+    folder: Path,
+    steps: int | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict | None:
+    """
+    Trains and measures an arm, or goes on where it stopped.
 
-    expert_rate: float = 1.0
+    Returns:
+        What `result.json` holds; None if one of `callbacks` has stopped the training, to go on with the next call.
 
-    def create_optimizer(self, *args, **kwargs):
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.expert_rate != 1.0 and not getattr(self, "_split", False):
-            self._split = True
-            ids = {id(p) for name, p in self.model.named_parameters() if ".experts." in name}
-            for group in list(optimizer.param_groups):
-                mine = [p for p in group["params"] if id(p) in ids]
-                if mine:
-                    group["params"] = [p for p in group["params"] if id(p) not in ids]
-                    optimizer.add_param_group({**group, "params": mine, "lr": group["lr"] * self.expert_rate})
-        return optimizer
-
-
-def train(arm: Arm, seed: int, size: Size, corpus: Corpus, folder: Path, steps: int | None = None) -> dict:
-    """Trains and measures an arm, or goes on where it stopped. Returns what `result.json` holds."""
-    result = folder / "result.json"
-    if result.is_file():
-        return json.loads(result.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {"arm": asdict(arm), "seed": seed, "size": asdict(size), "mixture": asdict(corpus.mixture), "steps": steps}
-    check = folder / "run.json"
-    text = json.dumps(settings, indent=1, sort_keys=True)
-    if check.is_file() and check.read_text() != text:
-        raise ValueError(f"folder={str(folder)!r} is not allowed: it holds a run with other settings.")
-    check.write_text(text)
+    Raises:
+        ValueError: the folder holds another run, the corpus is of another family than the size, or the arm goes on
+            from a run that is not finished.
+    """
+    if (known := read_result(folder)) is not None:
+        return known
+    if size.family != corpus.mixture.family:
+        raise ValueError(
+            f"size={size.name!r} is not allowed: it is of the family {size.family!r}, the corpus is of "
+            f"{corpus.mixture.family!r}."
+        )
+    settings = {"arm": asdict(arm), "seed": seed, "size": asdict(size), "steps": steps}
+    settings |= {"mixture": asdict(corpus.mixture)}
+    if arm.start is not None:
+        return train_stage(arm, seed, corpus, folder, settings, callbacks)
+    open_folder(folder, settings)
     model = build_model(arm, size.family, size.config, corpus.tokenizer, seed)
     callback = build_callback(arm, seed)
     options = {**size.training, **arm.training}
     rate = options.pop("expert_rate", 1.0)
     if steps is not None:
         options["max_steps"] = steps
-    clock = time.perf_counter()
+    stopwatch = Stopwatch(folder / "seconds.jsonl")
     checkpoint = last_complete_checkpoint(folder / "checkpoints", callback is not None)
     args = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
@@ -93,20 +93,21 @@ def train(arm: Arm, seed: int, size: Size, corpus: Corpus, folder: Path, steps: 
         **options,
     )
     set_seed(seed)
-    blocks = label(arm, corpus.train, corpus.mixture.shares, seed)
-    blocks = blocks.map(lambda batch: {"labels": batch["input_ids"]}, batched=True).remove_columns("domain")
+    blocks, needed = training_blocks(label(arm, corpus.train, corpus.mixture.shares, seed), corpus, seed)
     trainer = ExpertRatesTrainer(
         model,
         args,
         train_dataset=blocks,
         data_collator=default_data_collator,
-        callbacks=[JsonLinesCallback(folder / "metrics.jsonl")],
+        callbacks=[*callbacks, *needed, JsonLinesCallback(folder / "metrics.jsonl"), stopwatch],
     )
     trainer.expert_rate = rate
     if callback is not None:
         callback.attach(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - clock
+    if not trainer.finished:
+        return None
+    seconds = stopwatch.seconds
     trainer.save_model(str(folder / "model"))
     record = {
         "arm": arm.name,
@@ -114,29 +115,13 @@ def train(arm: Arm, seed: int, size: Size, corpus: Corpus, folder: Path, steps: 
         "parameters": count_parameters(model),
         "seconds": round(seconds, 1),
         "resumed": checkpoint is not None,
-        **evaluate(model, arm, size, corpus, folder, seed),
+        **evaluate(model, arm, corpus, folder, seed),
     }
-    partial = result.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, result)
-    return record
+    return write_result(folder, record)
 
 
-def evaluate(model: PreTrainedModel, arm: Arm, size: Size, corpus: Corpus, folder: Path, seed: int) -> dict:
-    """Measures on validation and test blocks, and keeps the losses of single tokens in the folder."""
-    record = {}
-    for split in ("validation", "test"):
-        blocks = label(arm, getattr(corpus, split), corpus.mixture.shares, seed)
-        losses = measure(model, blocks, size.family == "gpt2")
-        record[split] = summary(losses)
-        tensors = {"nll": losses.nll.astype(np.float16)}
-        tensors |= {f"experts.{site}": ids.astype(np.int8) for site, ids in losses.experts.items()}
-        save_file(tensors, folder / f"{split}.safetensors")
-    return record
-
-
-def main() -> None:
-    """Trains one arm from the command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments of a run, which are also those of a line in a list of runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", type=Path, default=HERE / "arms.yaml")
     parser.add_argument("--arm", required=True)
@@ -146,13 +131,28 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=Path("runs/longtail/corpus/main"))
     parser.add_argument("--output", type=Path, default=Path("runs/longtail"))
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    arm = read_arms(arguments.arms)[arguments.arm]
-    size = Size.load(arguments.size)
+    return parser
+
+
+def run(
+    arguments: argparse.Namespace, corpus: Corpus | None = None, callbacks: Sequence[TrainerCallback] = ()
+) -> dict | None:
+    """Trains what the arguments of `build_parser` say; `corpus` spares reading it again."""
+    arms = read_arms(arguments.arms)
+    if arguments.arm not in arms:
+        raise ValueError(f"arm={arguments.arm!r} is not allowed: it must be one of {sorted(arms)}.")
+    arm, size = arms[arguments.arm], Size.load(arguments.size)
     folder = arguments.output / size.name / arguments.corpus.name / f"{arm.name}-{arguments.seed}"
-    record = train(arm, arguments.seed, size, Corpus.load(arguments.corpus), folder, arguments.steps)
-    print(arm.name, arguments.seed, record["seconds"], record["test"]["perplexity"])
+    corpus = Corpus.load(arguments.corpus) if corpus is None else corpus
+    return train(arm, arguments.seed, size, corpus, folder, arguments.steps, callbacks)
+
+
+def main() -> None:
+    """Trains one arm from the command line."""
+    arguments = build_parser().parse_args()
+    torch.set_num_threads(arguments.threads)
+    record = run(arguments)
+    print(arguments.arm, arguments.seed, record["seconds"], record["test"]["perplexity"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Evaluation: how well a model predicts and where it routes, in numbers. A leaf package; needs the `train` extra."""
 
+from .frequency import NGramCounts, PerplexityByBin
+from .paired import Estimate, difference, mean_interval, ratio, share_of_gain
 from .perplexity import (
     Perplexity,
     PerplexityByDomain,
@@ -8,14 +10,25 @@ from .perplexity import (
     row_losses_for_trainer,
     token_losses,
 )
+from .purity import RoutingPurity, routing_purity, sequence_routes
 from .routing import expert_shares
 
 
 __all__ = [
+    "Estimate",
+    "NGramCounts",
     "Perplexity",
+    "PerplexityByBin",
     "PerplexityByDomain",
+    "RoutingPurity",
+    "difference",
     "expert_shares",
+    "mean_interval",
     "perplexity_for_trainer",
+    "ratio",
+    "routing_purity",
     "row_losses_for_trainer",
+    "sequence_routes",
+    "share_of_gain",
     "token_losses",
 ]

@@ -17,6 +17,8 @@ import torch
 from torch.nn import functional
 from transformers import EvalPrediction
 
+from .metric import InMemoryMetric
+
 
 IGNORE_INDEX = -100
 # Positions whose fp32 logits exist at one time: 1,024 of them take 200 MB at GPT-2's vocabulary.
@@ -65,19 +67,12 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, *, shift: bool) -> 
     return nll_sum, (labels != IGNORE_INDEX).sum(dim=1)
 
 
-class Perplexity(evaluate.Metric):
-    """exp(total loss / total tokens) over all sequences, without network and, by default, without files.
-
-    `evaluate` keeps what `add_batch` brings in Arrow files of a shared folder. Here it stays in the memory of this
-    instance, so instances and processes cannot meet; pass `keep_in_memory=False` (and an `experiment_id`) for the
-    library's own gathering over processes. `compute` always empties the instance, also when it fails.
+class Perplexity(InMemoryMetric):
+    """exp(total loss / total tokens) over all sequences.
 
     An infinite or not-a-number loss is an answer (the model diverged) and comes out as inf or nan. Impossible input
     (negative losses, negative counts, no token at all) is a mistake of the caller and raises `ValueError`.
     """
-
-    def __init__(self, config_name: str | None = None, keep_in_memory: bool = True, **kwargs) -> None:
-        super().__init__(config_name=config_name, keep_in_memory=keep_in_memory, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -88,28 +83,6 @@ class Perplexity(evaluate.Metric):
                 {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
             ),
         )
-
-    def _build_data_dir(self) -> str:
-        # The base class makes a folder under the user's cache even when it will never write there.
-        return "" if self.keep_in_memory else super()._build_data_dir()
-
-    def compute(self, *, predictions=None, references=None, **kwargs) -> dict | None:
-        """Compute over the given sequences and all those added before, then forget them.
-
-        Returns:
-            The numbers, or `None` on the processes other than 0 of a distributed metric.
-
-        Raises:
-            ValueError: if nothing was given or added, if there is no predicted token, or on impossible values.
-        """
-        if predictions is None and references is None and len(self) == 0:
-            raise ValueError("`predictions` and `references` are empty: no sequence was given to `compute` or added")
-        try:
-            return super().compute(predictions=predictions, references=references, **kwargs)
-        finally:
-            # The base class leaves its buffer behind on an error, and would count those sequences again.
-            if self.keep_in_memory:
-                self.writer = self.buf_writer = self.data = None
 
     def _compute(self, predictions: Sequence[float], references: Sequence[int]) -> dict[str, float | int]:
         return _summary(predictions, references)

@@ -233,9 +233,9 @@ class ClusterExpertsCallback(TrainerCallback):
                 f"algorithm={self.settings.algorithm!r} is not allowed with cse_routing='given': clusters come with "
                 "the batch, so it must be 'given'."
             )
-        if self.settings.algorithm == "given" and self.schedule.update != "frozen":
+        if config.cse_routing == "given" and self.schedule.update != "frozen":
             raise ValueError(
-                f"update={self.schedule.update!r} is not allowed with algorithm='given': labels do not change, so it "
+                f"update={self.schedule.update!r} is not allowed with cse_routing='given': labels do not change, so it "
                 "must be 'frozen'."
             )
 

@@ -1,0 +1,211 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""What the report shows, as Markdown tables. What no run stands behind is "not measured"."""
+
+import math
+from collections.abc import Callable
+
+from comparisons import TASKS, Comparisons, accuracy, at_position, flops_ratio, in_bin, perplexity
+from corpus import GENERAL
+from judgement import NOT_MEASURED, Verdict
+from run_records import LONG_TAIL
+
+from modeling_cse.evaluation import Estimate
+
+
+def number(value: Estimate | None, digits: int = 3, scale: float = 1.0) -> str:
+    """An estimate with its interval, if it has one."""
+    if value is None:
+        return NOT_MEASURED
+    if not math.isfinite(value.value):
+        return "diverged"
+    text, *ends = (f"{scale * x:.{digits}f}" for x in (value.value, value.lower, value.upper) if x is not None)
+    return f"{text} [{', '.join(ends)}]" if ends else text
+
+
+def bare(value: Estimate | None, digits: int = 3, scale: float = 1.0) -> str:
+    """An estimate without its interval."""
+    return number(None if value is None else Estimate(value.value, None, None, value.seeds), digits, scale)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown; the first column is text, the others are numbers."""
+    if not rows:
+        return f"{NOT_MEASURED.capitalize()}.\n"
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main_table(comparisons: Comparisons) -> str:
+    """Perplexity over dense, what it costs, and how much of the oracle's gain it is."""
+    cost = _cost_reader
+    rows = []
+    for arm in comparisons.scratch:
+        ratios = [bare(comparisons.ratio(arm, perplexity(domain))) for domain in comparisons.domains]
+        rows.append(
+            [
+                arm,
+                str(len(comparisons.of(arm))),
+                *ratios,
+                number(comparisons.ratio(arm, perplexity(LONG_TAIL))),
+                number(comparisons.ratio(arm, perplexity(GENERAL))),
+                "oracle gains nothing"
+                if comparisons.oracle_gains_nothing
+                else number(comparisons.share_of_oracle(arm, perplexity(LONG_TAIL)), 0, 100),
+                bare(comparisons.mean(arm, cost("per_token", "total")), 2, 1e-6),
+                bare(comparisons.mean(arm, cost("per_token", "active")), 2, 1e-6),
+                bare(flops_ratio(comparisons, arm)),
+                bare(comparisons.mean(arm, cost("seconds")), 0),
+            ]
+        )
+    head = ["arm", "seeds", *comparisons.domains, "long tail [95 %]", "general [95 %]", "% of oracle's gain [95 %]"]
+    return table([*head, "parameters, M", "active, M", "FLOPs a token", "seconds"], rows)
+
+
+def _cost_reader(*path: str) -> Callable[[dict], float | None]:
+    def read(record: dict) -> float | None:
+        value = record["cost"]
+        for name in path:
+            value = value[name]
+        return value
+
+    return read
+
+
+def absolute_table(comparisons: Comparisons) -> str:
+    """Perplexities themselves, means over seeds."""
+    names = [*comparisons.domains, LONG_TAIL, GENERAL]
+    rows = [[arm, *(bare(comparisons.mean(arm, perplexity(name)), 2) for name in names)] for arm in comparisons.arms]
+    return table(["arm", *names], rows)
+
+
+def position_table(comparisons: Comparisons) -> str:
+    """Long-tail perplexity over dense by position in the block, and the share of the oracle's gain there."""
+    places = list(comparisons.records[0]["by_position"]) if comparisons.records else []
+    rows = []
+    for arm in _without_baseline(comparisons):
+        cells = []
+        for place in places:
+            share = comparisons.share_of_oracle(arm, at_position(place))
+            known = share is not None and arm != comparisons.roles.oracle and math.isfinite(share.value)
+            cells.append(
+                bare(comparisons.ratio(arm, at_position(place))) + (f" ({100 * share.value:.0f} %)" if known else "")
+            )
+        rows.append([arm, *cells])
+    return table(["arm", *places], rows)
+
+
+def frequency_table(comparisons: Comparisons) -> str:
+    """Perplexity over dense by sentence frequency, rarest first."""
+    bins = range(len(comparisons.records[0]["by_frequency"]["1"])) if comparisons.records else []
+    arms = _without_baseline(comparisons)
+    rows = [[arm, *(bare(comparisons.ratio(arm, in_bin(place))) for place in bins)] for arm in arms]
+    return table(["arm", *(f"{place + 1} of {len(bins)}" for place in bins)], rows)
+
+
+def bin_table(bins: list[dict]) -> str:
+    """What the bins of sentence frequency hold."""
+    rows = [
+        [f"{row['bin']} of {len(bins)}", f"{row['lowest']:.5f}", f"{row['highest']:.5f}", str(row["blocks"])]
+        + [f"{share:.0%}" for share in row["domains"].values()]
+        for row in bins
+    ]
+    return table(["bin", "lowest score", "highest score", "blocks", *(bins[0]["domains"] if bins else [])], rows)
+
+
+def _without_baseline(comparisons: Comparisons) -> list[str]:
+    """Arms that have something to be compared with."""
+    if comparisons.roles.baseline not in comparisons.arms:
+        return []
+    return [arm for arm in comparisons.scratch if arm != comparisons.roles.baseline]
+
+
+def purity_table(comparisons: Comparisons) -> str:
+    """How well routes agree with domains, and which share of tokens has an expert."""
+    rows = []
+    for arm in comparisons.arms:
+        for site in comparisons.of(arm)[0]["purity"]:
+            cells = [
+                number(comparisons.mean(arm, _purity_reader(site, level, name)), 2)
+                for level, name in (
+                    ("sequences", "adjusted_mutual_information"),
+                    ("tokens", "adjusted_mutual_information"),
+                    ("sequences", "purity"),
+                    ("sequences", "normalised_purity"),
+                )
+            ]
+            shares = [
+                bare(comparisons.mean(arm, lambda record, s=site, d=domain: record["routed"][s][d]), 0, 100)
+                for domain in (*comparisons.domains, GENERAL)
+            ]
+            rows.append([arm, site, *cells, *shares])
+    head = ["arm", "site", "AMI, blocks", "AMI, tokens", "purity, blocks", "normalised"]
+    return table([*head, *(f"% routed: {domain}" for domain in (*comparisons.domains, GENERAL))], rows)
+
+
+def _purity_reader(site: str, level: str, name: str) -> Callable[[dict], float | None]:
+    return lambda record: record["purity"][site][level][name] if site in record["purity"] else None
+
+
+def task_table(comparisons: Comparisons, method: str) -> str:
+    """Accuracies in percent of a method ("probe", "finetune"), and the differences to dense in points, by task."""
+    found = {task for record in comparisons.records for task in record["tasks"].get(method, {})}
+    tasks = sorted(found, key=_task_order)
+    rows = []
+    for arm in comparisons.arms if tasks else []:
+        cells = []
+        for task in tasks:
+            change = comparisons.difference(arm, accuracy([task], method), comparisons.roles.baseline)
+            beside = f" ({number(change, 1, 100)})" if change and arm != comparisons.roles.baseline else ""
+            cells.append(bare(comparisons.mean(arm, accuracy([task], method)), 1, 100) + beside)
+        rows.append([arm, *cells])
+    return table(["arm", *tasks], rows)
+
+
+def _task_order(task: str) -> tuple[bool, str, str]:
+    return TASKS.get(task, GENERAL) == GENERAL, TASKS.get(task, GENERAL), task
+
+
+def forgetting_table(comparisons: Comparisons) -> str:
+    """Perplexity after a domain stage over that before."""
+    rows = []
+    for arm in comparisons.stages:
+        first = comparisons.of(arm)[0]
+        names = (*comparisons.domains, GENERAL)
+        cells = [number(comparisons.ratio(arm, perplexity(name), first["start"])) for name in names]
+        rows.append([arm, first["start"], first["domain"], str(len(comparisons.of(arm))), *cells])
+    return table(["arm", "went on from", "with", "seeds", *comparisons.domains, GENERAL], rows)
+
+
+def share_table(rows: list[dict]) -> str:
+    """The gain by a domain's share of the training text."""
+    cells = [
+        [row["corpus"], row["domain"], f"{row['share']:.1%}", number(row["default"]), number(row["oracle"])]
+        for row in rows
+        if row["default"] is not None
+    ]
+    return table(["corpus", "domain", "share", "default / dense [95 %]", "oracle / dense [95 %]"], cells)
+
+
+def judgement_table(verdicts: list[Verdict]) -> str:
+    """Reached, missed, or not measured."""
+    rows = []
+    for verdict in verdicts:
+        found = number(Estimate(**verdict.value)) if verdict.value else NOT_MEASURED
+        found += f" ({verdict.note})" if verdict.note else ""
+        aim = f"{verdict.aim}: {verdict.aim_verdict}" if verdict.aim else "-"
+        rows.append([verdict.measure, found, f"{verdict.must}: {verdict.must_verdict}", aim])
+    return table(["measure", "found [95 %]", "must", "aim"], rows)
+
+
+__all__ = [
+    "absolute_table",
+    "bin_table",
+    "forgetting_table",
+    "frequency_table",
+    "judgement_table",
+    "main_table",
+    "position_table",
+    "purity_table",
+    "share_table",
+    "task_table",
+]

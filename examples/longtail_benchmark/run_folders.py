@@ -1,0 +1,158 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""What train.py leaves behind, read again."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from arms import Arm
+from safetensors.numpy import load_file
+
+from modeling_cse.analysis import read_metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    A finished run.
+
+    Fields:
+        folder: where it lies: `<size>/<corpus>/<arm>-<seed>`. The last model of a domain stage lies in
+            `<arm>_last-<seed>` and has its settings and log beside it, in that of the best one.
+        settings: its `run.json`.
+        result: its `result.json`.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    result: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Run":
+        """Reads a folder with a `result.json`."""
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        settings = json.loads((_home(folder) / "run.json").read_text(encoding="utf-8"))
+        return cls(folder, {**settings, "arm": {**settings["arm"], "name": result["arm"]}}, result)
+
+    @property
+    def arm(self) -> Arm:
+        return Arm(**self.settings["arm"])
+
+    @property
+    def seed(self) -> int:
+        return self.settings["seed"]
+
+    @property
+    def family(self) -> str:
+        return self.settings["size"]["family"]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of each domain in the training text."""
+        return self.settings["mixture"]["shares"]
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """`TrainingArguments` of the size, and over them those of the arm."""
+        return {**self.settings["size"]["training"], **self.settings["arm"]["training"]}
+
+    @property
+    def command(self) -> str:
+        """What trains the same again."""
+        steps = f" --steps {self.settings['steps']}" if self.settings["steps"] is not None else ""
+        size, corpus = self.folder.parts[-3:-1]
+        name = _home(self.folder).name.removesuffix(f"-{self.seed}")
+        return (
+            f"python examples/longtail_benchmark/train.py --arm {name} --seed {self.seed} --size {size} "
+            f"--corpus runs/longtail/corpus/{corpus}{steps}"
+        )
+
+    @property
+    def settings_hash(self) -> str:
+        """Of `run.json`, seed included."""
+        return _hash(self.settings)
+
+    @property
+    def arm_hash(self) -> str:
+        """The same without the seed: equal for the runs of an arm."""
+        return _hash({name: value for name, value in self.settings.items() if name != "seed"})
+
+    @cached_property
+    def log(self) -> list[dict]:
+        """The entries of `metrics.jsonl`."""
+        return read_metrics(_home(self.folder) / "metrics.jsonl")
+
+    @property
+    def seconds(self) -> float | None:
+        """Of training; None where a resumed run kept no `seconds.jsonl`: its clock knows the last part only."""
+        whole = not self.result["resumed"] or (_home(self.folder) / "seconds.jsonl").is_file()
+        return self.result["seconds"] if whole else None
+
+    @property
+    def accuracies(self) -> dict[str, dict[str, float]]:
+        """Of `tasks.json`, which tasks.py writes: method ("probe", "finetune") to task to test accuracy; empty where
+        nothing was measured."""
+        path = self.folder / "tasks.json"
+        methods = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return {
+            method: {task: numbers["test"]["accuracy"] for task, numbers in found["tasks"].items()}
+            for method, found in methods.items()
+        }
+
+    def token_losses(self, split: str = "test") -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """
+        Returns:
+            nats of each predicted token, float64 (N, T - 1) of a causal or (N, T) of a masked model; which of them
+            were predicted; and the expert of every token (N, T) by site.
+
+        Raises:
+            ValueError: the losses of a masked model do not say which tokens were predicted.
+        """
+        tensors = load_file(self.folder / f"{split}.safetensors")
+        nll = tensors["nll"].astype(np.float64)
+        if "predicted" not in tensors and self.family != "gpt2":
+            raise ValueError(
+                f"folder={str(self.folder)!r} is not allowed: the losses of a masked model need a tensor `predicted`."
+            )
+        predicted = tensors["predicted"].astype(bool) if "predicted" in tensors else np.ones(nll.shape, bool)
+        experts = {name.removeprefix("experts."): ids for name, ids in tensors.items() if name.startswith("experts.")}
+        return nll, predicted, experts
+
+
+def _home(folder: Path) -> Path:
+    """Where the settings and the log of a run lie."""
+    name, _, seed = folder.name.rpartition("-")
+    return folder if (folder / "run.json").is_file() else folder.with_name(f"{name.removesuffix('_last')}-{seed}")
+
+
+def _hash(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """
+    The finished runs of a size and corpus, sorted by arm and seed. Those without `result.json` are still at work.
+
+    Raises:
+        ValueError: runs that cannot be compared: seeds of one arm with other settings, or another size, corpus or
+            number of steps.
+    """
+    runs = [Run.load(path.parent) for path in folder.glob("*/result.json")]
+    runs.sort(key=lambda run: (run.arm.name, run.seed))
+    by_arm: dict[str, str] = {}
+    for run in runs:
+        if by_arm.setdefault(run.arm.name, run.arm_hash) != run.arm_hash:
+            raise ValueError(f"folder={str(folder)!r} is not allowed: seeds of {run.arm.name!r} have other settings.")
+    for name in ("size", "mixture", "steps"):
+        # a stage of its own may go on for another number of steps
+        alike = [run for run in runs if name != "steps" or run.arm.start is None]
+        if len({_hash({name: run.settings[name]}) for run in alike}) > 1:
+            raise ValueError(f"folder={str(folder)!r} is not allowed: its runs differ in {name!r}.")
+    return runs
+
+
+__all__ = ["Run", "read_runs"]

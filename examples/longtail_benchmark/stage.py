@@ -1,0 +1,123 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""
+The domain stage: a finished model trained further on the text of one long-tail domain alone, the same blocks that are
+in its mixture, for several epochs, with a fresh optimizer and schedule.
+
+The domain's validation loss is measured at fixed intervals. Two models come out, each in a run folder of its own: the
+best on validation (`<arm>-<seed>`, stopped early without a limit of patience) and the last (`<arm>_last-<seed>`). Both
+are measured on all domains, which shows what was forgotten.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import Arm, count_parameters, model_class
+from blocks import held_out_blocks, training_blocks
+from corpus import Corpus
+from datasets import Dataset
+from records import evaluate, open_folder, write_result
+from trainer import ExpertRatesTrainer, Stopwatch
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, default_data_collator, set_seed
+
+from modeling_cse.runs.folder import JsonLinesCallback
+from modeling_cse.training import last_complete_checkpoint
+
+
+def train_stage(
+    arm: Arm,
+    seed: int,
+    corpus: Corpus,
+    folder: Path,
+    settings: dict[str, Any],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict | None:
+    """
+    Trains and measures a stage, or goes on where it stopped.
+
+    Args:
+        arm: an arm with `start` and `domain`.
+        seed: also that of the run that it starts from.
+        corpus: the corpus of that run.
+        folder: `<arm>-<seed>`; the run that it starts from lies beside it, and the last model will.
+        settings: of the run: `size`, `steps` (in place of the epochs) and others that `run.json` keeps.
+        callbacks: for the Trainer.
+
+    Returns:
+        What `result.json` of the best model holds; None if a callback has stopped the training.
+
+    Raises:
+        ValueError: the run to start from is not finished, there are no blocks of the domain, or the folder holds
+            another run.
+    """
+    start = folder.with_name(f"{arm.start}-{seed}")
+    if not (start / "result.json").is_file():
+        raise ValueError(f"start={arm.start!r} is not allowed yet: {str(start)!r} holds no finished run.")
+    train_rows, held_out = (_of_domain(blocks, arm.domain) for blocks in (corpus.train, corpus.validation))
+    open_folder(folder, settings)
+    model = _read_model(start / "model", arm, settings["size"])
+    stopwatch = Stopwatch(folder / "seconds.jsonl")
+    checkpoint = last_complete_checkpoint(folder / "checkpoints", clusters=False)
+    args = _arguments(arm, seed, settings, folder / "checkpoints", checkpoint)
+    set_seed(seed)
+    blocks, needed = training_blocks(train_rows, corpus, seed)
+    trainer = ExpertRatesTrainer(
+        model,
+        args,
+        train_dataset=blocks,
+        eval_dataset=held_out_blocks(held_out, corpus).remove_columns("domain"),
+        data_collator=default_data_collator,
+        callbacks=[*callbacks, *needed, JsonLinesCallback(folder / "metrics.jsonl"), stopwatch],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if not trainer.finished:
+        return None
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    common = {"seed": seed, "parameters": count_parameters(model), "seconds": round(stopwatch.seconds, 1)}
+    common |= {"resumed": checkpoint is not None, "validation_loss_by_step": losses}
+    last = folder.with_name(f"{arm.name}_last-{seed}")
+    last_step, best_step = trainer.state.global_step, trainer.state.best_global_step
+    last.mkdir(parents=True, exist_ok=True)
+    last_model = _read_model(folder / "checkpoints" / f"checkpoint-{last_step}", arm, settings["size"])
+    # the best model's result is written last: with it the run is finished
+    for kept, place, step in ((last_model.to(model.device), last, last_step), (model, folder, best_step)):
+        kept.save_pretrained(place / "model")
+        record = {"arm": place.name.removesuffix(f"-{seed}"), **common, "step": step}
+        record |= evaluate(kept, arm, corpus, place, seed)
+        written = write_result(place, record)
+    return written
+
+
+def _of_domain(blocks: Dataset, domain: str) -> Dataset:
+    rows = [row for row, name in enumerate(blocks["domain"]) if name == domain]
+    if not rows:
+        raise ValueError(
+            f"domain={domain!r} is not allowed: no block is of it alone, they are of {sorted(set(blocks['domain']))}."
+        )
+    return blocks.select(rows)
+
+
+def _read_model(folder: Path, arm: Arm, size: dict[str, Any]) -> PreTrainedModel:
+    kwargs = {name: size["config"][name] for name in ("attn_implementation",) if name in size["config"]}
+    return model_class(arm, size["family"]).from_pretrained(folder, **kwargs)
+
+
+def _arguments(
+    arm: Arm, seed: int, settings: dict[str, Any], output: Path, checkpoint: str | None
+) -> TrainingArguments:
+    options = {**settings["size"]["training"], "max_steps": settings["steps"] or -1, **arm.training}
+    return TrainingArguments(
+        output_dir=str(output),
+        seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        resume_from_checkpoint=checkpoint,
+        eval_strategy="steps",
+        prediction_loss_only=True,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        save_total_limit=2,  # with 1 the last checkpoint would be deleted for the best one
+        **{**options, "save_strategy": "steps", "save_steps": options["eval_steps"]},
+    )

@@ -1,0 +1,263 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Promises of the long-tail report, on made-up run folders whose ratios are known: every number comes from a run, and
+what no run stands behind is "not measured"."""
+
+import json
+import math
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from safetensors.numpy import save_file
+
+from modeling_cse.data import train_tokenizer
+
+
+# the benchmark is a folder of scripts, which find each other there
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "longtail_benchmark"))
+
+import report  # noqa: E402
+from arms import Arm  # noqa: E402
+from corpus import FEATURES, SPLITS, Corpus, Mixture  # noqa: E402
+from cost import empty_model, run_cost  # noqa: E402
+from run_folders import Run, read_runs  # noqa: E402
+from run_records import position_bins  # noqa: E402
+
+
+BLOCK, STEPS, BATCH = 32, 20, 4
+DOMAINS = ("general", "legal", "medical")
+SITE = "layer_1/ffn"
+CONFIG = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": BLOCK}
+TRAINING = {"per_device_train_batch_size": BATCH, "max_steps": STEPS}
+EXPERTS = {"cse_layers": [1], "cse_combine": "add", "cse_num_experts": 2}
+ARMS = {
+    "dense": Arm("dense", "dense"),
+    "cse": Arm("cse", "cse", model=EXPERTS),
+    "oracle": Arm("oracle", "cse", model=EXPERTS, control="oracle"),
+    "dense_legal": Arm("dense_legal", "dense", start="dense", domain="legal"),
+    "dense_medical": Arm("dense_medical", "dense", start="dense", domain="medical"),
+}
+# Perplexity over dense of each long-tail domain, beyond the first 8 positions; the general text's all over.
+LONG, GENERAL = {"cse": 0.8, "oracle": 0.64, "dense_legal": 0.9, "dense_medical": 0.9}, {"dense_legal": 1.5}
+
+
+def write_corpus(folder: Path, shares=(0.8, 0.1, 0.1)) -> Corpus:
+    tokenizer = train_tokenizer(["a court held that the cell line grew"], kind="gpt2", vocab_size=270)
+    mixture = Mixture(dict.fromkeys(DOMAINS, ["made/up"]), dict(zip(DOMAINS, shares, strict=True)), block_size=BLOCK)
+    generator = np.random.default_rng(0)
+    domains = np.repeat(DOMAINS, 6)
+    for split in SPLITS:
+        ids = generator.integers(0, 250, (len(domains), BLOCK)).astype(np.uint16)
+        rows = {"input_ids": list(ids), "domain": domains.tolist()}
+        Dataset.from_dict(rows, features=FEATURES).to_parquet(folder / f"{split}.parquet")
+    (folder / "corpus.json").write_text(json.dumps({"mixture": asdict(mixture)}))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return Corpus.load(folder)
+
+
+def write_run(folder: Path, arm: Arm, seed: int, corpus: Corpus, tasks: dict | None = None, noise: float = 0.0) -> Run:
+    """A finished run: dense losses of the seed, plus the logarithms of the ratios above."""
+    folder = folder / f"{arm.name}-{seed}"
+    folder.mkdir(parents=True)
+    domains = np.asarray(corpus.test["domain"][:])
+    nll = np.random.default_rng(seed).uniform(2, 6, (len(domains), BLOCK - 1))
+    nll[domains != "general", 8:] += math.log(LONG.get(arm.name, 1.0)) + noise
+    nll[domains == "general"] += math.log(GENERAL.get(arm.name, 1.0))
+    tensors = {"nll": nll.astype(np.float16)}
+    means = {name: tensors["nll"][domains == name].astype(np.float64).mean() for name in DOMAINS}
+    if arm.kind == "cse":
+        experts = np.repeat(np.select([domains == "legal", domains == "medical"], [0, 1], -1)[:, None], BLOCK, 1)
+        experts[:, :8] = -1
+        tensors[f"experts.{SITE}"] = experts.astype(np.int8)
+    routed = {name: {"routed": 0.0 if name == "general" else 0.75} for name in DOMAINS}
+    test = {"perplexity": {name: math.exp(mean) for name, mean in means.items()}}
+    test["routing"] = {SITE: routed} if arm.kind == "cse" else {}
+    size = {"name": "tiny", "family": "gpt2", "config": CONFIG, "training": TRAINING}
+    settings = {"arm": asdict(arm), "seed": seed, "size": size, "mixture": asdict(corpus.mixture), "steps": None}
+    total = sum(p.numel() for p in empty_model(Run(folder, settings, {}), corpus.tokenizer).parameters())
+    result = {"arm": arm.name, "seed": seed, "parameters": {"total": total}, "seconds": 100.0, "resumed": False}
+    (folder / "run.json").write_text(json.dumps(settings))
+    (folder / "result.json").write_text(json.dumps({**result, "test": test}))
+    log = [{"step": STEPS // 4, f"cse/{SITE}/clusters": 3}] if arm.kind == "cse" else []
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in [*log, {"step": STEPS, "loss": 1.0}]))
+    if tasks is not None:
+        numbers = {task: {"test": {"accuracy": value}} for task, value in tasks.items()}
+        (folder / "tasks.json").write_text(json.dumps({"probe": {"settings": {}, "tasks": numbers}}))
+    save_file(tensors, folder / "test.safetensors")
+    return Run.load(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("corpora") / "main"
+
+
+@pytest.fixture(scope="module")
+def corpus(place):
+    return write_corpus(place)
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory, corpus, place):
+    """Three seeds of every arm, reported: the page, the JSON, the folder."""
+    root = tmp_path_factory.mktemp("runs")
+    accuracies = {"dense": 0.5, "cse": 0.75, "dense_legal": 0.625, "dense_medical": 0.6875}
+    for arm in ARMS.values():
+        for seed in range(3):
+            tasks = dict.fromkeys(("overruling", "gad"), accuracies[arm.name]) if arm.name in accuracies else None
+            noise = 0.01 * (seed - 1) if arm.name == "cse" else 0.0
+            write_run(root / "tiny" / "main", arm, seed, corpus, tasks, noise)
+    arguments = ["--size", "tiny", "--runs", str(root), "--corpus", str(place), "--output", str(root / "out")]
+    report.main([*arguments, "--machine", "one abacus"])
+    folder = root / "out"
+    return (folder / "tiny-main.md").read_text(), json.loads((folder / "tiny-main.json").read_text()), folder
+
+
+def row(page: str, section: str, name: str) -> list[str]:
+    """The cells of the first row of a section that begins with a name."""
+    lines = page.partition(f"## {section}\n")[2].partition("\n## ")[0].splitlines()
+    return [cell.strip() for cell in next(line for line in lines if line.startswith(f"| {name}")).split("|")[1:-1]]
+
+
+def test_ratios_are_those_of_the_runs(outcome):
+    page, results, _ = outcome
+    expected = 0.8 ** (23 / 31)  # 23 of 31 predictions are beyond position 8
+    ratios = results["comparisons"]["cse"]["perplexity_over_baseline"]
+    for name in ("legal", "medical", "long-tail"):
+        assert ratios[name]["value"] == pytest.approx(expected, rel=1e-3) and ratios[name]["seeds"] == 3
+        assert ratios[name]["lower"] < expected < ratios[name]["upper"]
+    assert ratios["general"]["value"] == 1
+    assert results["comparisons"]["cse"]["share_of_oracle"]["value"] == pytest.approx(0.5, abs=2e-3)
+    cells = row(page, "Arms", "cse")
+    assert cells[1] == "3" and cells[2] == cells[3] == f"{ratios['legal']['value']:.3f}"
+    assert cells[4] == "{value:.3f} [{lower:.3f}, {upper:.3f}]".format(**ratios["long-tail"])
+    assert row(page, "Arms", "oracle")[6].startswith("100")
+
+
+def test_the_gain_stands_at_its_positions(outcome):
+    page, results, _ = outcome
+    places = results["comparisons"]["cse"]["long_tail_by_position"]
+    assert places["0-8"]["value"] == pytest.approx(1) and places["8-32"]["value"] == pytest.approx(0.8, rel=1e-3)
+    assert row(page, "By position in the block", "cse")[2] == "0.800 (50 %)"
+    assert position_bins(256) == [(0, 8), (8, 32), (32, 128), (128, 256)]
+    assert position_bins(1024)[3:] == [(128, 256), (256, 512), (512, 1024)] and position_bins(20) == [(0, 8), (8, 20)]
+
+
+def test_routing_forgetting_and_frequency_are_told(outcome):
+    page, results, _ = outcome
+    purity = row(page, "Routing", "cse")
+    assert purity[1] == SITE and purity[2].startswith("1.00") and purity[4].startswith("1.00")
+    assert 0 < results["runs"][0]["purity"][SITE]["tokens"]["adjusted_mutual_information"] < 1
+    forgetting = row(page, "Forgetting", "dense_legal")
+    assert forgetting[1:4] == ["dense", "legal", "3"] and forgetting[-1].startswith("1.500")
+    by_bin = results["comparisons"]["cse"]["by_frequency"]
+    assert set(by_bin) == {"1", "2", "3"} and all(0.8 < value["value"] <= 1 for value in by_bin["1"])
+    assert sum(entry["blocks"] for entry in results["frequency_bins"]) == 18
+
+
+def test_the_judgement_says_reached_missed_or_not_measured(outcome):
+    _, results, _ = outcome
+    verdicts = {entry["measure"]: entry for entry in results["judgement_rows"]}
+    assert len(verdicts) == 12
+    found = {name: (entry["must_verdict"], entry["aim_verdict"]) for name, entry in verdicts.items()}
+    assert found["long-tail perplexity, default CSE / dense"] == ("reached", "reached")
+    assert found["general perplexity, default CSE / dense"] == ("reached", "missed")
+    assert found["share of the oracle's gain on the long tail"] == ("missed", "missed")
+    assert found["long-tail perplexity, default CSE / Switch"] == ("not measured", "not measured")
+    assert found["probe accuracy on cola, default CSE minus dense"] == ("not measured", "")
+    tasks = next(entry for name, entry in verdicts.items() if name.startswith("mean probe accuracy on long-tail"))
+    # overruling by the legal stage, gad by the medical one
+    assert tasks["value"]["value"] == pytest.approx(0.75 - (0.625 + 0.6875) / 2) and "`dense_*`" in tasks["note"]
+    assert tasks["must_verdict"] == tasks["aim_verdict"] == "reached"
+
+
+def test_every_number_has_its_run(outcome):
+    _, results, folder = outcome
+    assert results["machine"] == "one abacus" and {"torch", "scipy", "modeling_cse"} <= set(results["versions"])
+    assert {(run["arm"], run["seed"]) for run in results["runs"]} == {(arm, seed) for arm in ARMS for seed in range(3)}
+    assert len({run["settings"] for run in results["runs"]}) == 15
+    assert all(f"--arm {run['arm']} --seed {run['seed']} --size tiny" in run["command"] for run in results["runs"])
+    assert str(folder.parent) not in (folder / "tiny-main.json").read_text()
+    for name in ("ratios", "positions"):
+        assert (folder / f"tiny-main-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_domain_stage_costs_what_came_before_too(outcome):
+    _, results, _ = outcome
+    cost = {run["arm"]: run["cost"] for run in results["runs"] if run["seed"] == 0}
+    tokens = STEPS * BATCH * BLOCK
+    assert cost["dense"]["tokens"] == tokens and cost["dense_legal"]["tokens"] == 2 * tokens
+    assert cost["dense_legal"]["flops"] == 2 * cost["dense"]["flops"] and cost["dense_legal"]["seconds"] == 200
+    # of 20 steps 5 were dense; 0.2 of the training text is routed for 3 / 4 of its tokens
+    cse = cost["cse"]
+    expert = 6 * 0.15 * 2 * 16 * 32
+    assert cse["per_token"]["flops"] - cse["per_token"]["dense_flops"] == pytest.approx(expert + 2 * 16 * 16)
+    mean = (cse["per_token"]["dense_flops"] + 3 * cse["per_token"]["flops"]) / 4
+    assert cse["flops"] == pytest.approx(tokens * mean)
+
+
+def test_what_was_not_run_is_not_measured(tmp_path, corpus, place):
+    roles = report.Roles()
+    (tmp_path / "tiny" / "main").mkdir(parents=True)
+    arguments = (tmp_path / "tiny", place, tmp_path / "out", roles, "one abacus", "-")
+    empty = report.write_report(*arguments).read_text()
+    assert empty.count("| not measured |") == 12 and "reached" not in empty and "missed" not in empty
+    for name in ("dense", "cse"):
+        write_run(tmp_path / "tiny" / "main", ARMS[name], 0, corpus)
+    single = report.write_report(*arguments).read_text()
+    assert row(single, "Arms", "cse")[4:7] == [f"{0.8 ** (23 / 31):.3f}", "1.000", "not measured"]
+    verdict = row(single, "Against what was asked for", "long-tail perplexity, default CSE / dense")
+    assert "1 of 3 seeds" in verdict[1] and verdict[2].endswith("not measured")
+
+
+def test_the_gain_by_share_takes_corpora_beside_it(tmp_path, corpus):
+    other = write_corpus(tmp_path / "share-2", shares=(0.96, 0.02, 0.02))
+    for name in ("dense", "cse"):
+        write_run(tmp_path / "tiny" / "main", ARMS[name], 0, corpus)
+        write_run(tmp_path / "tiny" / "share-2", ARMS[name], 0, other)
+    rows = report.share_rows(tmp_path / "tiny", "main", report.Roles())
+    assert [(entry["corpus"], entry["domain"], entry["share"]) for entry in rows] == [
+        ("share-2", "legal", 0.02), ("share-2", "medical", 0.02), ("main", "legal", 0.1), ("main", "medical", 0.1)
+    ]  # fmt: skip
+    assert all(entry["default"].value == pytest.approx(0.8 ** (23 / 31), rel=1e-3) for entry in rows)
+    assert report.draw_shares(rows, tmp_path / "shares.png") and (tmp_path / "shares.png").is_file()
+
+
+def test_a_resumed_run_without_a_stopwatch_has_no_seconds(tmp_path, corpus):
+    run = write_run(tmp_path, ARMS["dense"], 0, corpus)
+    assert run_cost(run, None, corpus.tokenizer).seconds == 100
+    run.result["resumed"] = True
+    assert run_cost(run, None, corpus.tokenizer).seconds is None
+    (run.folder / "seconds.jsonl").write_text("")
+    assert run_cost(run, None, corpus.tokenizer).seconds == 100
+
+
+def test_the_last_model_of_a_stage_is_an_arm_of_its_own(tmp_path, corpus):
+    best = write_run(tmp_path / "tiny" / "main", ARMS["dense_legal"], 0, corpus)
+    last = write_run(tmp_path / "tiny" / "main", replace(ARMS["dense_legal"], name="dense_legal_last"), 0, corpus)
+    for name in ("run.json", "metrics.jsonl"):
+        (last.folder / name).unlink()
+    runs = read_runs(tmp_path / "tiny" / "main")
+    assert [run.arm.name for run in runs] == ["dense_legal", "dense_legal_last"]
+    assert runs[1].log == best.log and runs[1].command == best.command and runs[1].settings_hash != best.settings_hash
+
+
+def test_runs_that_do_not_belong_together_are_refused(tmp_path, corpus):
+    folder = tmp_path / "tiny" / "main"
+    write_run(folder, ARMS["dense"], 0, corpus)
+    write_run(folder, replace(ARMS["dense"], training={"learning_rate": 1.0}), 1, corpus)
+    with pytest.raises(ValueError, match="other settings"):
+        read_runs(folder)
+    write_run(tmp_path / "stage", ARMS["dense_legal"], 0, corpus)
+    with pytest.raises(ValueError, match="start='dense'"):
+        report.starts(read_runs(tmp_path / "stage"))
+
+
+def test_losses_of_other_blocks_are_refused(tmp_path, corpus):
+    run = write_run(tmp_path, ARMS["dense"], 0, corpus)
+    run.result["test"]["perplexity"]["legal"] *= 1.01
+    with pytest.raises(ValueError, match="the losses of its tokens"):
+        report.record_of(run, None, report.TestBlocks.of(corpus))
