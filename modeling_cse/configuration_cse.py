@@ -10,7 +10,7 @@ from transformers import BertConfig, GPT2Config
 
 MODULES = ("attention", "ffn")
 COMBINES = ("replace", "add")
-ROUTINGS = ("discriminant", "sequence", "given")
+ROUTINGS = ("discriminant", "evidence", "sequence", "given")
 
 # Rows of the fused expert tensors must start on 16-byte boundaries for the grouped matrix product, in bf16 too.
 WIDTH_MULTIPLE = 8
@@ -72,9 +72,11 @@ class CSEFlags:
             Width of an FFN expert, a multiple of 8. Default: the base width (`"replace"`), or the base width over the
             number of slots (`"add"`), rounded up to a multiple of 8. `"replace"` takes no width below the base's.
         cse_routing (`str`):
-            `"discriminant"` (default of GPT-2): each token by its own state, causal. `"sequence"` (default of BERT):
-            the whole sequence by its masked mean state. `"given"`: by `given_clusters` that come with the batch, for
-            controls (random or oracle routing) and where domains are known.
+            `"discriminant"` (default of GPT-2): each token by its own state, causal. `"evidence"`: by what the tokens
+            of its text say about the text's cluster, those read so far in GPT-2 (causal), all of them in BERT.
+            `"sequence"` (default of BERT): the whole sequence by its masked mean state. `"given"`: by
+            `given_clusters` that come with the batch, for controls (random or oracle routing) and where domains are
+            known.
         cse_radius_scaling (`bool`, defaults to `True`):
             `"sequence"` only: divide the distance to a centroid by the cluster's radius.
         cse_max_clusters (`int`, *optional*):
@@ -221,6 +223,10 @@ class CSEGPT2Config(CSEFlags, GPT2Config):
     base_model_tp_plan = {"wte": "embedding_rowwise"}
 
     @property
+    def reads_left_to_right(self) -> bool:
+        return True
+
+    @property
     def base_ffn_size(self) -> int:
         return self.n_inner if self.n_inner is not None else 4 * self.n_embd
 
@@ -254,6 +260,10 @@ class CSEBertConfig(CSEFlags, BertConfig):
     }
 
     cse_routing: Any = "sequence"
+
+    @property
+    def reads_left_to_right(self) -> bool:
+        return bool(self.is_decoder)
 
     @property
     def base_ffn_size(self) -> int:

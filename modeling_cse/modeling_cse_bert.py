@@ -147,6 +147,7 @@ class CSEBertModel(CSEBaseMixin, CSEBertPreTrainedModel, BertModel):
         super().__init__(config, add_pooling_layer=add_pooling_layer)
         for index in config.cse_layer_indices:
             self.encoder.layer[index] = CSEBertLayer(config, layer_idx=index)
+        self.add_evidence_router()
         if config.cse_layer_indices:  # otherwise the stock model has drawn its weights already
             self.post_init()
 
@@ -181,6 +182,8 @@ class CSEBertModel(CSEBaseMixin, CSEBertPreTrainedModel, BertModel):
         if self.config.cse_layer_indices:
             if self.config.cse_routing == "sequence" and self.config.is_decoder:
                 warn_that_routes_see_the_future(type(self).__name__)
+            text = input_ids, attention_mask, position_ids
+            given_clusters = self._read_or_given(given_clusters, *text, past_key_values)
             context = RoutingContext.of(self, attention_mask, position_ids, given_clusters)
             kwargs.update(context.as_argument())
         return super().forward(

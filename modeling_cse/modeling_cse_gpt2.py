@@ -117,6 +117,7 @@ class CSEGPT2Model(CSEBaseMixin, CSEGPT2PreTrainedModel, GPT2Model):
         super().__init__(config)
         for index in config.cse_layer_indices:
             self.h[index] = CSEGPT2Block(config, layer_idx=index)
+        self.add_evidence_router()
         if config.cse_layer_indices:  # otherwise the stock model has drawn its weights already
             self.post_init()
 
@@ -149,6 +150,8 @@ class CSEGPT2Model(CSEBaseMixin, CSEGPT2PreTrainedModel, GPT2Model):
         if self.config.cse_layer_indices:
             if self.config.cse_routing == "sequence":
                 self._check_that_sequences_are_whole(past_key_values)
+            text = input_ids, attention_mask, position_ids
+            given_clusters = self._read_or_given(given_clusters, *text, past_key_values)
             context = RoutingContext.of(self, attention_mask, position_ids, given_clusters)
             kwargs.update(context.as_argument())
         return super().forward(
@@ -190,12 +193,23 @@ class CSEGPT2ForCausalLM(CSEGPT2PreTrainedModel, GPT2LMHeadModel, GenerationMixi
         self._refuse_sequence_routes("generate")
         return super().generate(*args, **kwargs)
 
+    def prepare_inputs_for_generation(self, input_ids, *args, attention_mask=None, given_clusters=None, **kwargs):
+        """As upstream. Under `cse_routing="evidence"` the routes of the new tokens are read from the whole text."""
+        routed = self.config.cse_routing == "evidence" and self.config.cse_layer_indices
+        if routed and given_clusters is None and input_ids.shape[1]:
+            given_clusters = self.transformer.read_clusters(input_ids, attention_mask)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
+        if given_clusters is not None:
+            fed = inputs.get("input_ids")
+            inputs["given_clusters"] = given_clusters[:, -fed.shape[1] :] if routed else given_clusters
+        return inputs
+
     def generate_batch(self, *args, **kwargs):
         self._refuse_sequence_routes("generate_batch")
-        if self.config.cse_routing == "given" and self.config.cse_layer_indices:
+        if self.config.cse_routing in ("given", "evidence") and self.config.cse_layer_indices:
             raise ValueError(
-                "generate_batch() is not possible with cse_routing='given': it hands on no given_clusters. Use "
-                "generate(..., given_clusters=...)."
+                f"generate_batch() is not possible with cse_routing={self.config.cse_routing!r}: it hands on no "
+                "given_clusters. Use generate()."
             )
         return super().generate_batch(*args, **kwargs)
 

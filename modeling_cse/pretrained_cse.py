@@ -6,6 +6,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .dispatch_cse import RoutedModule, RoutedProjection, Site, is_quantized
+from .evidence_cse import EvidenceRouter
 from .experts_cse import FusedExperts
 from .routing_cse import ClusterRouter
 
@@ -34,7 +35,14 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
 
     # Buffers made as fp32 stay so when weights are loaded in bf16; this says it for loaders that go by the name. The
     # int64 buffers must not be named: upstream would cast them to fp32 as well.
-    _keep_in_fp32_modules_strict = ["centroids", "radii", "discriminant_weight", "discriminant_bias"]
+    _keep_in_fp32_modules_strict = [
+        "centroids",
+        "radii",
+        "discriminant_weight",
+        "discriminant_bias",
+        "evidence",
+        "log_shares",
+    ]
 
     def __init__(self, config, *args, **kwargs):
         config.validate_cse_flags()
@@ -78,8 +86,16 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
         super()._init_weights(module)
         if isinstance(module, FusedExperts):
             module.init_weights()
-        elif isinstance(module, ClusterRouter):
+        elif isinstance(module, ClusterRouter | EvidenceRouter):
             module.reset_buffers()
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """As upstream; evidence has a row a token too."""
+        table = super().resize_token_embeddings(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, EvidenceRouter) and len(module.evidence) != self.config.vocab_size:
+                module.resize(self.config.vocab_size)
+        return table
 
     def save_pretrained(self, *args, **kwargs):
         # fully_shard gives the model a class of torch's, and upstream would save that one's code and name
@@ -117,6 +133,7 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
         routers = sorted(key for key in missing if ".router." in key)
         without_experts = {key.split(".experts.")[0] for key in missing if ".experts." in key}
         lost = [key for key in routers if key.split(".router.")[0] not in without_experts]
+        lost += [key for key in missing if "evidence_router." in key and not without_experts]
         if lost:
             raise ValueError(
                 f"The checkpoint {name!r} has experts but lacks the routing state "
@@ -173,6 +190,54 @@ class CSEBaseMixin:
             for index in self.config.cse_layer_indices
             for name, module in self.blocks[index].routed_parts().items()
         }
+
+    def add_evidence_router(self) -> None:
+        """What `cse_routing="evidence"` needs beside the routers of the sites; once the stock modules stand."""
+        if self.config.cse_layer_indices and self.config.cse_routing == "evidence":
+            self.evidence_router = EvidenceRouter(self.config)
+
+    def read_clusters(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        The cluster of every token by the evidence of its text (`cse_routing="evidence"`). Where a cache holds the
+        beginning of a text, its last columns are the `given_clusters` of the tokens that are new.
+
+        Args:
+            input_ids: (B, T) whole texts. `attention_mask`, `position_ids`: as in `forward`.
+
+        Returns:
+            (B, T) int64, -1 while there are no clusters.
+
+        Raises:
+            ValueError: another routing.
+        """
+        if getattr(self, "evidence_router", None) is None:
+            raise ValueError(
+                f"cse_routing={self.config.cse_routing!r} with cse_layers={self.config.cse_layers!r} is not allowed "
+                "for read_clusters: it must be 'evidence', with at least one layer."
+            )
+        return self.evidence_router(input_ids, attention_mask, position_ids)
+
+    def _read_or_given(self, given_clusters, input_ids, attention_mask, position_ids, past_key_values):
+        """The clusters of a forward pass under `cse_routing="evidence"`: those given, or what is read of the text."""
+        if given_clusters is not None or self.config.cse_routing != "evidence":
+            return given_clusters
+        if input_ids is None:
+            raise ValueError(
+                "inputs_embeds without given_clusters is not allowed with cse_routing='evidence', which reads tokens: "
+                "pass input_ids, or given_clusters=base_model.read_clusters(input_ids)."
+            )
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise ValueError(
+                "past_key_values without given_clusters is not allowed with cse_routing='evidence', which reads texts "
+                "from their beginning: pass given_clusters=base_model.read_clusters(all_ids)[:, -new:], as generate() "
+                "does."
+            )
+        return self.read_clusters(input_ids, attention_mask, position_ids)
 
     def drop_idle_layers(self) -> None:
         """Turns layers of which no router holds clusters into stock layers with the same parameters, and says so in

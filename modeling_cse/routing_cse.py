@@ -240,7 +240,8 @@ class ClusterRouter(nn.Module):
         return context.routes[self]
 
     def _route(self, hidden_states, context):
-        labels = self._labels(context.given_clusters, hidden_states) if self.routing == "given" else None
+        told = self.routing in ("given", "evidence")
+        labels = self._labels(context.given_clusters, hidden_states) if told else None
         if shapes_may_depend_on_data(hidden_states) and not self.cluster_sizes.any():
             return self._without_clusters(hidden_states)
         logits, index = self._scores(hidden_states, context.scope, labels)

@@ -4,7 +4,8 @@
 from .algorithms import Clustering, find_clusters
 from .discriminant import Discriminant
 from .features import FeatureStore, RoutingFeatures, sample_features
-from .fitting import LayerFit, fit_layer, identities_of, write_fit
+from .fitting import LayerFit, evidence_agreement, fit_layer, held_out, identities_of, write_fit
+from .joint import JointFit, fit_texts
 from .moving import move_clusters
 from .ownership import Identities, assign_experts, long_tail, match_clusters
 from .settings import ALGORITHMS, ClusterSettings
@@ -17,11 +18,15 @@ __all__ = [
     "Discriminant",
     "FeatureStore",
     "Identities",
+    "JointFit",
     "LayerFit",
     "RoutingFeatures",
     "assign_experts",
+    "evidence_agreement",
     "find_clusters",
     "fit_layer",
+    "fit_texts",
+    "held_out",
     "identities_of",
     "long_tail",
     "match_clusters",

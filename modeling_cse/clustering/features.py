@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..routing_cse import SequenceScope, sequence_means
 
@@ -24,6 +25,7 @@ class RoutingFeatures:
         positions (N, m) int64: where in its sequence each of them stood; -1 where a sequence had no token at all.
         labels (N,) int64: the cluster that came with the batch, -1 where none did.
         passes (N,) int64: the number of the forward pass in which each was seen. Processes count alike.
+        ids (N, L) int32: the tokens of each sequence, -1 behind its end; L is 0 where they were not asked for.
     """
 
     embeddings: torch.Tensor
@@ -31,8 +33,11 @@ class RoutingFeatures:
     positions: torch.Tensor
     labels: torch.Tensor | None = None
     passes: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
 
     def __post_init__(self):
+        if self.ids is None:
+            self.ids = self.positions.new_zeros((len(self), 0), dtype=torch.int32)
         if self.labels is None:
             self.labels = self.positions.new_full((len(self),), -1)
         if self.passes is None:
@@ -82,7 +87,7 @@ class RoutingFeatures:
             groups = torch.zeros(len(self), dtype=torch.int64)
         else:
             groups = torch.from_numpy(np.unique(labels, return_inverse=True)[1])
-        means = torch.nn.functional.one_hot(groups).double()
+        means = F.one_hot(groups).double()
         basis = torch.cat([powers, means], dim=1)
         fitted = torch.linalg.lstsq(basis, self.embeddings.double(), driver="gelsd").solution
         drift = powers @ fitted[:DRIFT_DEGREE]
@@ -91,6 +96,8 @@ class RoutingFeatures:
 
     @classmethod
     def concatenate(cls, parts: list["RoutingFeatures"]) -> "RoutingFeatures":
+        longest = max(part.ids.shape[1] for part in parts)
+        parts = [replace(part, ids=F.pad(part.ids, (0, longest - part.ids.shape[1]), value=-1)) for part in parts]
         return cls(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
@@ -101,6 +108,7 @@ def sample_features(
     tokens_per_sequence: int,
     offset: int,
     labels: torch.Tensor | None = None,
+    input_ids: torch.Tensor | None = None,
 ) -> RoutingFeatures:
     """
     Features of one batch. Nothing is read on the host, unless rows hold several documents, which must be counted.
@@ -112,6 +120,7 @@ def sample_features(
         offset: sequences sampled before. It shifts the place within the part from sequence to sequence, evenly and
             without a random number, so that all positions are met.
         labels: (B,) or (B, T) clusters that came with the batch; a sequence has that of its first token.
+        input_ids: (B, T) the tokens, where they are to be kept too.
     """
     means, counts, index = sequence_means(states, scope)
     if scope.segments is None:
@@ -134,7 +143,13 @@ def sample_features(
         given = positions.new_full((len(kept),), -1)
     else:
         given = labels.view(len(states), -1).expand(index.shape).flatten()[order[starts]].long()
-    return RoutingFeatures(means[kept], tokens.float(), positions, given)
+    ids = None
+    if input_ids is not None:
+        places = torch.arange(states.shape[1], device=states.device)
+        inside = places < counts[kept].unsqueeze(1)
+        found = input_ids.flatten()[order[(starts.unsqueeze(1) + places).clamp(max=len(order) - 1)]]
+        ids = torch.where(inside, found, -1).int()
+    return RoutingFeatures(means[kept], tokens.float(), positions, given, ids=ids)
 
 
 class FeatureStore:

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """From routing features to router buffers: the fit of one layer, and the only place that writes there."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -12,6 +12,7 @@ from ..routing_cse import ClusterRouter, RoutingContext
 from .algorithms import Clustering, check_finite, find_clusters, labelled_clusters
 from .discriminant import Discriminant, agreement
 from .features import RoutingFeatures
+from .joint import JointFit
 from .ownership import Identities, Ownership, assign_experts
 from .settings import GIVEN, ClusterSettings
 
@@ -27,13 +28,15 @@ class LayerFit:
     """What a fit found for one layer, before anything is written."""
 
     clustering: Clustering
-    discriminant: Discriminant
+    discriminant: Discriminant | None  # None where routes are read from evidence
     ownership: Ownership
     metrics: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def weights(self) -> tuple[np.ndarray, np.ndarray]:
-        """Weight and bias of the discriminant, solved for once."""
+        """Weight and bias of the discriminant, solved for once; zeros where there is none."""
+        if self.discriminant is None:
+            return np.zeros_like(self.clustering.centroids), np.zeros_like(self.clustering.radii)
         return self.discriminant.weights()
 
     def router_state(self) -> dict[str, torch.Tensor]:
@@ -63,6 +66,7 @@ def fit_layer(
     identities: Identities,
     num_experts: int,
     drifting: bool = False,
+    joint: JointFit | None = None,
 ) -> LayerFit:
     """
     Finds clusters, matches them to the old ones, gives out experts and fits the discriminant. Writes nothing.
@@ -70,32 +74,41 @@ def fit_layer(
     Args:
         drifting: the features were taken while the model trained, oldest first (`RoutingFeatures.detrended`). Clusters
             are then found twice: those found first tell drift and texts apart.
+        joint: clusters and owners that all sites share; nothing is found here then.
 
     Raises:
         ValueError: see `find_clusters`; or features so large or small that routes of them overflow in fp32.
     """
-    if drifting:
-        check_finite(features.embeddings.numpy())
-        first = _clusters(features.without_tokens().detrended(), settings, router.max_clusters)
-        features = features.detrended(first.labels)
-    clustering = _clusters(features, settings, router.max_clusters)
-    ownership = assign_experts(
-        identities,
-        clustering.centroids,
-        clustering.radii,
-        clustering.shares,
-        common_share=settings.common_share,
-        num_experts=num_experts,
-        patience=settings.patience,
-    )
+    check_finite(features.embeddings.numpy())
+    if joint is not None:
+        features = replace(features, labels=torch.from_numpy(joint.labels))
+        features = features.detrended(joint.labels) if drifting else features
+        clustering = labelled_clusters(features.embeddings.numpy(), joint.labels, router.max_clusters)
+        ownership = joint.ownership
+    else:
+        if drifting:
+            first = _clusters(features.without_tokens().detrended(), settings, router.max_clusters)
+            features = features.detrended(first.labels)
+        clustering = _clusters(features, settings, router.max_clusters)
+        ownership = assign_experts(
+            identities,
+            clustering.centroids,
+            clustering.radii,
+            clustering.shares,
+            common_share=settings.common_share,
+            num_experts=num_experts,
+            patience=settings.patience,
+        )
     labels = clustering.labels
-    held = np.arange(len(features)) % HELD_OUT == HELD_OUT - 1
+    held = held_out(len(features))
     # a cluster of which every member is held out would have no token to be fitted on
     held &= np.isin(labels, labels[~held])
     # sequences of no cluster (labels that are given) teach nothing
     fitted, held = ~held & (labels >= 0), held & (labels >= 0)
     tokens = features.tokens.numpy()
-    discriminant = Discriminant.fit(*_flat(tokens[fitted], labels[fitted]), clustering.shares)
+    discriminant = None
+    if router.routing != "evidence":
+        discriminant = Discriminant.fit(*_flat(tokens[fitted], labels[fitted]), clustering.shares)
     fit = LayerFit(clustering, discriminant, ownership)
     _check_range(features, fit.router_state())
     fit.metrics = {
@@ -111,10 +124,17 @@ def fit_layer(
         fit.metrics["noise"] = clustering.noise
     if clustering.silhouette is not None:
         fit.metrics["silhouette"] = clustering.silhouette
-    if held.any():
+    if joint is not None:
+        fit.metrics.update(joint.metrics)
+    if held.any() and discriminant is not None:
         fit.metrics.update(_agreement_metrics(fit.weights, features[torch.from_numpy(held)], labels[held]))
     fit.metrics.update(_routing_metrics(router, fit, features))
     return fit
+
+
+def held_out(sequences: int) -> np.ndarray:
+    """Which sequences of a sample are measured on and not fitted on, (N,) bool."""
+    return np.arange(sequences) % HELD_OUT == HELD_OUT - 1
 
 
 def _check_range(features: RoutingFeatures, state: dict[str, torch.Tensor]) -> None:
@@ -168,9 +188,28 @@ def _routing_metrics(router: ClusterRouter, fit: LayerFit, features: RoutingFeat
     """Share of the sampled sequences that get an expert, and the share whose expert is another than before."""
     after = sequence_experts(router, features, fit.router_state())
     metrics = {"share_routed": float((after >= 0).float().mean())}
-    if router.num_clusters:
+    if router.num_clusters and router.routing != "evidence":  # there `fit_texts` tells
         before = sequence_experts(router, features, dict(router.named_buffers()))
         metrics["churn"] = float((before != after).float().mean())
+    return metrics
+
+
+def evidence_agreement(joint: JointFit, ids: np.ndarray) -> dict[str, float]:
+    """How often the tokens read so far tell the cluster of their text, over held-out texts and by position."""
+    held = held_out(len(ids)) & (joint.labels >= 0)
+    if not held.any():
+        return {}
+    right = joint.evidence.clusters(ids[held]) == joint.labels[held][:, None]
+    inside = ids[held] >= 0
+    metrics = {"agreement": float(right[inside].mean())}
+    for first, last in POSITIONS:
+        part = inside.copy()
+        part[:, :first] = False
+        if last is not None:
+            part[:, last:] = False
+        if part.any():
+            name = f"agreement_from_{first}" if last is None else f"agreement_{first}_{last}"
+            metrics[name] = float(right[part].mean())
     return metrics
 
 
@@ -181,7 +220,7 @@ def sequence_experts(router: ClusterRouter, features: RoutingFeatures, state: di
     probe.write(**{name: rows.cpu() for name, rows in state.items()})
     if router.routing == "sequence":
         return probe(features.embeddings.unsqueeze(1))[2].squeeze(1)
-    if router.routing == "given":
+    if router.routing in ("given", "evidence"):
         return probe(features.embeddings.unsqueeze(1), RoutingContext(given_clusters=features.labels))[2].squeeze(1)
     scores = probe(features.tokens)[0].view(*features.positions.shape, -1).double().sum(1)
     # the score of every token holds the prior of the cluster, which counts once for the sequence

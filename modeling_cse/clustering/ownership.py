@@ -121,16 +121,19 @@ def assign_experts(
     common_share: float,
     num_experts: int,
     patience: int,
+    matched: np.ndarray | None = None,
 ) -> Ownership:
     """
     Gives long-tail clusters an expert each.
 
     A cluster that continues an old one keeps its expert, and keeps it when it turns common or vanishes, until that has
     lasted `patience` fits: between two fits k-means may cut the bulk differently, and ownership must not flicker with
-    it. Then long-tail clusters without one take free slots, the largest first.
+    it. Then long-tail clusters without one take free slots, the largest first. `matched` (K,): the old cluster that
+    each new one continues, -1 for none; by default `match_clusters` tells.
     """
     tail = long_tail(shares, common_share)
-    matched = match_clusters(identities.centroids, identities.radii, centroids, radii)
+    if matched is None:
+        matched = match_clusters(identities.centroids, identities.radii, centroids, radii)
     experts = np.full(len(centroids), -1, np.int64)
     idle = np.zeros(len(centroids), np.int64)
     for cluster, old in enumerate(matched):

@@ -10,9 +10,12 @@ CENTROID_ALGORITHMS = ("kmeans", "spherical")
 DENSITY_ALGORITHMS = ("dbscan", "hdbscan")
 # The labels that come with the batches: domains that are known, or a control.
 GIVEN = "given"
-ALGORITHMS = (*CENTROID_ALGORITHMS, *DENSITY_ALGORITHMS, GIVEN)
+# k-means on what texts are about, by their tokens.
+TEXT = "text"
+ALGORITHMS = (TEXT, *CENTROID_ALGORITHMS, *DENSITY_ALGORITHMS, GIVEN)
 
 NUM_CLUSTERS = 6
+NUM_TEXT_CLUSTERS = 10
 
 ELBOW = "elbow"
 DENSITY_PROJECTION = 32
@@ -26,9 +29,10 @@ class ClusterSettings:
 
     Fields:
         algorithm: one of `ALGORITHMS`.
-        num_clusters: for kmeans and spherical how many to look for, at least 1, or a pair (low, high), low at least 2:
-            the number between them, both included, with the largest silhouette. None stands for 6 there, and is all
-            that the others take, which find their number themselves. A list, as YAML has it, becomes a tuple.
+        num_clusters: for kmeans, spherical and text how many to look for, at least 1, or a pair (low, high), low at
+            least 2: the number between them, both included, with the largest silhouette. None stands for 6 there (10
+            for text), and is all that the others take, which find their number themselves. A list, as YAML has it,
+            becomes a tuple.
         common_share: the largest clusters are common until together they hold this share, 0 to 1; or "elbow", see
             `long_tail`.
         patience: fits in a row an owner may be absent or common before it loses its expert, at least 1.
@@ -64,9 +68,10 @@ class ClusterSettings:
             raise ValueError(f"patience={self.patience!r} is not allowed: it must be an int >= 1.")
         if not _is_int(self.seed, 0) or self.seed >= 2**32:
             raise ValueError(f"seed={self.seed!r} is not allowed: it must be an int >= 0 and below 2 ** 32.")
-        if self.algorithm == GIVEN and self.projection not in (None, "auto"):
+        if self.algorithm in (GIVEN, TEXT) and self.projection not in (None, "auto"):
             raise ValueError(
-                f"projection={self.projection!r} is not allowed with algorithm={GIVEN!r}: labels need no distance."
+                f"projection={self.projection!r} is not allowed with algorithm={self.algorithm!r}: "
+                + ("labels need no distance." if self.algorithm == GIVEN else "texts have a space of their own.")
             )
         if self.projection is not None and self.projection != "auto" and not _is_int(self.projection, 1):
             raise ValueError(
@@ -87,7 +92,7 @@ class ClusterSettings:
         value = self.num_clusters
         if value is None:
             return
-        if self.algorithm not in CENTROID_ALGORITHMS:
+        if self.algorithm not in (TEXT, *CENTROID_ALGORITHMS):
             right, allowed = False, "None, because their number is found, not asked for"
         else:
             pair = isinstance(value, tuple) and len(value) == 2 and all(_is_int(end, 2) for end in value)
@@ -107,9 +112,10 @@ class ClusterSettings:
     def cluster_range(self) -> tuple[int, int] | None:
         """The least and the most clusters that are asked for, the same where it is one number; None where the
         algorithm finds it."""
-        if self.algorithm not in CENTROID_ALGORITHMS:
+        if self.algorithm not in (TEXT, *CENTROID_ALGORITHMS):
             return None
-        asked = NUM_CLUSTERS if self.num_clusters is None else self.num_clusters
+        default = NUM_TEXT_CLUSTERS if self.algorithm == TEXT else NUM_CLUSTERS
+        asked = default if self.num_clusters is None else self.num_clusters
         return (asked, asked) if isinstance(asked, int) else asked
 
     @property

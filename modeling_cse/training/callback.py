@@ -14,7 +14,7 @@ from ..dispatch_cse import RoutedModule, Site
 from ..sharding_cse import is_sharded
 from .checkpoints import check_sums
 from .collecting import FeatureCollector, refuse_adapters, refuse_parallel_plans, routed_base_model
-from .fitting import fit_layers
+from .fitting import check_algorithm, fit_layers, is_joint
 from .gathering import gather_features, local_capacity, rank, world_size
 from .memory import ClusterMemory, load_state, save_state
 from .moments import IdleSlots, start_moments
@@ -129,7 +129,11 @@ class ClusterExpertsCallback(TrainerCallback):
         check_stage(model)
         step = args.train_batch_size * args.gradient_accumulation_steps
         capacity = local_capacity(self.sample_size, args.train_batch_size)
-        self.collector = FeatureCollector(model, max(capacity, step) if self.schedule.moves else capacity)
+        self.collector = FeatureCollector(
+            model,
+            max(capacity, step) if self.schedule.moves else capacity,
+            with_ids=is_joint(self.base, self.settings),
+        )
         self.memory = ClusterMemory()
         if state.global_step > 0:
             self._resume(args, state)
@@ -228,14 +232,16 @@ class ClusterExpertsCallback(TrainerCallback):
                 f"cse_max_clusters={most}."
             )
         config = self.base.config
-        if config.cse_routing == "given" and self.settings.algorithm != "given":
+        check_algorithm(self.base, self.settings)
+        if self.schedule.moves and is_joint(self.base, self.settings):
             raise ValueError(
-                f"algorithm={self.settings.algorithm!r} is not allowed with cse_routing='given': clusters come with "
-                "the batch, so it must be 'given'."
+                f"update={self.schedule.update!r} is not allowed with algorithm={self.settings.algorithm!r} and "
+                f"cse_routing={config.cse_routing!r}: clusters of texts do not drift, so it must be 'recluster' or "
+                "'frozen'."
             )
         if config.cse_routing == "given" and self.schedule.update != "frozen":
             raise ValueError(
-                f"update={self.schedule.update!r} is not allowed with cse_routing='given': labels do not change, so it "
+                f"update={self.schedule.update!r} is not allowed with cse_routing='given': labels stay, so it "
                 "must be 'frozen'."
             )
 

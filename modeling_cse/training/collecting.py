@@ -70,6 +70,9 @@ def refuse_parallel_plans(model: nn.Module) -> None:
             )
 
 
+# What a forward pass of the base model is told, and the hooks are to know.
+READ = ("attention_mask", "position_ids", "given_clusters", "input_ids")
+
 _COLLECTORS: "WeakValueDictionary[int, FeatureCollector]" = WeakValueDictionary()
 _numbers = count()
 
@@ -82,9 +85,10 @@ def _begin_collecting(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     given_clusters: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
 ) -> None:
     if collector in _COLLECTORS:
-        _COLLECTORS[collector].begin(attention_mask, position_ids, given_clusters)
+        _COLLECTORS[collector].begin(attention_mask, position_ids, given_clusters, input_ids)
 
 
 @torch.library.custom_op("modeling_cse::collect", mutates_args=("clock",))
@@ -102,19 +106,29 @@ class FeatureCollector:
         capacity: sequences kept a site.
         tokens_per_sequence: tokens sampled of each, for the discriminant.
         training_only: record nothing while the model is in evaluation mode.
+        with_ids: keep the token ids of the sequences too, at every site.
     """
 
-    def __init__(self, model: nn.Module, capacity: int, tokens_per_sequence: int = 8, training_only: bool = True):
+    def __init__(
+        self,
+        model: nn.Module,
+        capacity: int,
+        tokens_per_sequence: int = 8,
+        training_only: bool = True,
+        with_ids: bool = False,
+    ):
         self.base = routed_base_model(model)
         self.stores = {site: FeatureStore(capacity) for site in self.base.routed_modules()}
         self.tokens_per_sequence = tokens_per_sequence
         self.training_only = training_only
+        self.with_ids = with_ids
         self.enabled = False
         self._signature = inspect.signature(self.base.forward)
         self._sites: set[Site] = set()
         self._waiting: set[str] = set()
         self._scope = SequenceScope()
         self._labels: torch.Tensor | None = None
+        self._ids: torch.Tensor | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._number = next(_numbers)
         _COLLECTORS[self._number] = self
@@ -138,7 +152,7 @@ class FeatureCollector:
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = self._signature.bind(*args, **kwargs).arguments
         arguments = {**arguments, **arguments.get("kwargs", {})}
-        known = [arguments.get(name) for name in ("attention_mask", "position_ids", "given_clusters")]
+        known = [arguments.get(name) for name in READ]
         if torch.compiler.is_compiling():
             _begin_collecting(self._clock, self._number, *known)
         else:
@@ -153,7 +167,7 @@ class FeatureCollector:
 
         return hook
 
-    def begin(self, attention_mask, position_ids, given_clusters) -> None:
+    def begin(self, attention_mask, position_ids, given_clusters, input_ids) -> None:
         """A forward pass of the base model begins. Each site is open for one record: with activation checkpointing a
         router runs twice in a step."""
         self._waiting = set()
@@ -161,6 +175,9 @@ class FeatureCollector:
             return
         self._scope = SequenceScope.of(attention_mask, position_ids)
         self._labels = given_clusters
+        if self.with_ids and input_ids is None:
+            raise ValueError("inputs_embeds is not allowed where texts are clustered by their tokens: pass input_ids.")
+        self._ids = input_ids if self.with_ids else None
         self._waiting = {str(site) for site in self._sites}
 
     def collect(self, site: str, states: torch.Tensor) -> None:
@@ -171,7 +188,8 @@ class FeatureCollector:
         store = self.stores[Site.parse(site)]
         # the number that these sequences would have in one process
         offset = store.seen * world_size() + rank() * len(states)
-        store.add(sample_features(states, self._scope, self.tokens_per_sequence, offset, self._labels))
+        known = self._scope, self.tokens_per_sequence, offset, self._labels, self._ids
+        store.add(sample_features(states, *known))
 
     def take(self) -> dict[Site, RoutingFeatures | None]:
         """What was collected, by site; the stores are empty afterwards."""

@@ -6,12 +6,27 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..clustering import ClusterSettings, LayerFit, RoutingFeatures, fit_layer, identities_of, write_fit
+from ..clustering import (
+    ClusterSettings,
+    Identities,
+    JointFit,
+    LayerFit,
+    RoutingFeatures,
+    evidence_agreement,
+    fit_layer,
+    fit_texts,
+    held_out,
+    identities_of,
+    write_fit,
+)
+from ..clustering.settings import GIVEN, TEXT
 from ..dispatch_cse import RoutedModule, Site
+from ..routing_cse import ClusterRouter
 from .collecting import FeatureCollector, refuse_adapters, refuse_parallel_plans, routed_base_model
 from .gathering import gather_features, local_capacity, on_first_rank
 from .memory import ClusterMemory
@@ -50,31 +65,83 @@ def fit_layers(
         ValueError: no sequence was sampled, or see `fit_layer`.
     """
     start = time.perf_counter()
-    modules = routed_base_model(model).routed_modules()
+    base = routed_base_model(model)
+    modules = base.routed_modules()
 
     def compute():
         fits = {}
+        joint = fit_joint(base, features, settings, memory) if is_joint(base, settings) else None
         for site, sample in features.items():
             if sample is None:
                 raise ValueError(f"no sequence reached the router of {site}: there is nothing to cluster.")
             router, slots = modules[site].router, modules[site].num_experts
             identities = memory.identities.get(site) or identities_of(router)
-            fits[site] = fit_layer(router, sample, settings, identities, slots, drifting)
-        return fits
+            fits[site] = fit_layer(router, sample, settings, identities, slots, drifting, joint)
+        return fits, joint
 
-    fits = on_first_rank(compute)
+    fits, joint = on_first_rank(compute)
     metrics = {f"cse/{site}/clarity": fit.metrics["clarity"] for site, fit in fits.items()}
     fits = fits if layer_budget is None else clearest_layers(fits, layer_budget)
     for site, fit in fits.items():
         write_fit(modules[site], fit, settings, memory.fits, site)
         memory.identities[site] = fit.ownership.identities
-        memory.discriminants[site] = fit.discriminant
+        if fit.discriminant is not None:
+            memory.discriminants[site] = fit.discriminant
         metrics.update({f"cse/{site}/{name}": value for name, value in fit.metrics.items()})
         _warn_of_poor_agreement(site, modules[site], fit)
         _tell_of_owners(site, fit, settings)
+    if joint is not None:
+        memory.texts = joint.ownership.identities
+        if base.config.cse_routing == "evidence":
+            table, shares = torch.from_numpy(joint.evidence.table), torch.from_numpy(joint.evidence.shares)
+            base.evidence_router.write(table, shares)
     memory.fits += 1
     metrics["cse/seconds"] = time.perf_counter() - start
     return metrics, {site: fit.ownership.filled for site, fit in fits.items()}
+
+
+def is_joint(base: nn.Module, settings: ClusterSettings) -> bool:
+    """Whether all sites share one clustering of the texts."""
+    return settings.algorithm == TEXT or base.config.cse_routing == "evidence"
+
+
+def fit_joint(
+    base: nn.Module, features: dict[Site, RoutingFeatures | None], settings: ClusterSettings, memory: ClusterMemory
+) -> JointFit:
+    """
+    The clusters that all sites share (`fit_texts`).
+
+    Raises:
+        ValueError: no sequence was sampled, or see `fit_texts`.
+    """
+    sample = next(iter(features.values()))
+    if sample is None:
+        raise ValueError("no sequence reached a router: there is nothing to cluster.")
+    site, module = next(iter(base.routed_modules().items()))
+    identities = memory.texts or identities_of_texts(base, module.router)
+    fit = fit_texts(
+        sample.ids.numpy(),
+        sample.labels.numpy(),
+        held_out(len(sample)),
+        settings,
+        identities,
+        vocab_size=base.config.vocab_size,
+        num_experts=module.num_experts,
+        max_clusters=module.router.max_clusters,
+    )
+    if base.config.cse_routing == "evidence":
+        fit.metrics.update(evidence_agreement(fit, sample.ids.numpy()))
+    return fit
+
+
+def identities_of_texts(base: nn.Module, router: ClusterRouter) -> Identities:
+    """The clusters that a model holds, known by their evidence, for a fit that has no memory of the one before."""
+    count = router.num_clusters
+    if base.config.cse_routing != "evidence" or not count:
+        return Identities.none(base.config.vocab_size)
+    table, shares = base.evidence_router.evidence[:, :count], base.evidence_router.log_shares[:count].exp()
+    experts = router.cluster_expert[:count].cpu().numpy().copy()
+    return Identities(table.T.cpu().numpy().copy(), shares.cpu().numpy(), experts, np.zeros(count, np.int64))
 
 
 def clearest_layers(fits: dict[Site, LayerFit], budget: int) -> dict[Site, LayerFit]:
@@ -117,6 +184,26 @@ def _tell_of_owners(site: Site, fit: LayerFit, settings: ClusterSettings) -> Non
         logger.info(f"{site}: the clusters of experts {ownership.absent} were not found; their experts are kept.")
 
 
+def check_algorithm(base: nn.Module, settings: ClusterSettings) -> None:
+    """
+    Says at the start what would otherwise fail at the first fit.
+
+    Raises:
+        ValueError: an algorithm that this routing cannot follow.
+    """
+    routing, algorithm = base.config.cse_routing, settings.algorithm
+    if routing == "given" and algorithm != GIVEN:
+        raise ValueError(
+            f"algorithm={algorithm!r} is not allowed with cse_routing='given': clusters come with the batch, so it "
+            "must be 'given'."
+        )
+    if routing == "evidence" and algorithm not in (TEXT, GIVEN):
+        raise ValueError(
+            f"algorithm={algorithm!r} is not allowed with cse_routing='evidence', which all sites share: it must be "
+            "'text' or 'given'."
+        )
+
+
 @torch.no_grad()
 def fit_experts(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], *, sample_size: int = 2048, **settings: Any
@@ -152,7 +239,10 @@ def fit_experts(
     base = routed_base_model(model)
     for module in base.routed_modules().values():
         module.check_base()
-    collector = FeatureCollector(model, local_capacity(sample_size), training_only=False)
+    check_algorithm(base, settings)
+    collector = FeatureCollector(
+        model, local_capacity(sample_size), training_only=False, with_ids=is_joint(base, settings)
+    )
     was_training = model.training
     model.eval()
     collector.attach()

@@ -34,12 +34,14 @@ class ClusterMemory:
         fits: fits so far.
         identities: by site, which clusters own which expert.
         discriminants: by site; kept where centroids move between fits.
+        texts: which clusters of texts own which expert, where all sites share them (`fit_texts`).
         warmup: of an automatic warm-up (`AutomaticWarmup.state`).
     """
 
     fits: int = 0
     identities: dict[Site, Identities] = field(default_factory=dict)
     discriminants: dict[Site, Discriminant] = field(default_factory=dict)
+    texts: Identities | None = None
     warmup: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -49,11 +51,16 @@ class ClusterMemory:
             for site, member in members.items():
                 for name, array in vars(member).items():
                     named[f"{kind}.{site}.{name}"] = torch.from_numpy(array).contiguous()
+        if self.texts is not None:
+            for name, array in vars(self.texts).items():
+                named[f"texts.{name}"] = torch.from_numpy(array).contiguous()
         return named
 
     def load(self, named: dict[str, torch.Tensor]) -> None:
         """Takes up what `tensors` gave."""
         self.warmup = {name.removeprefix("warmup."): t for name, t in named.items() if name.startswith("warmup.")}
+        texts = {name.removeprefix("texts."): t.numpy() for name, t in named.items() if name.startswith("texts.")}
+        self.texts = Identities(**texts) if texts else None
         for kind, member_class, members in (
             ("identities", Identities, self.identities),
             ("discriminants", Discriminant, self.discriminants),

@@ -1,0 +1,127 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""One clustering of the sampled texts for all sites of a model, and the evidence that tells it from tokens."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from .algorithms import Clustering, describe_clusters
+from .evidence import Evidence
+from .ownership import Identities, Ownership, assign_experts
+from .settings import GIVEN, ClusterSettings
+from .texts import cluster_texts, embed_texts
+
+
+# Two clusters that share less of their texts are not the same one (intersection over union).
+LEAST_OVERLAP = 0.2
+
+
+@dataclass
+class JointFit:
+    """
+    What a fit found for a whole model, before anything is written.
+
+    Fields:
+        labels (N,) int64: the cluster of each sampled text, -1 for none.
+        clustering: in the space of the texts.
+        ownership: its `identities` are clusters known by their evidence, see `fit_texts`.
+        evidence: of the clusters.
+        metrics: by name.
+    """
+
+    labels: np.ndarray
+    clustering: Clustering
+    ownership: Ownership
+    evidence: Evidence
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def fit_texts(
+    ids: np.ndarray,
+    given: np.ndarray,
+    held: np.ndarray,
+    settings: ClusterSettings,
+    identities: Identities,
+    *,
+    vocab_size: int,
+    num_experts: int,
+    max_clusters: int,
+) -> JointFit:
+    """
+    Clusters texts by their tokens (or takes their labels), matches the clusters to those of the fit before, and gives
+    out experts. Writes nothing.
+
+    Args:
+        ids: (N, L) token ids, -1 behind the end of a text.
+        given: (N,) labels that came with the batches, read by `algorithm="given"`.
+        held: (N,) bool, texts to measure on.
+        settings: how clusters are found and kept.
+        identities: P clusters of the fits before. In place of a centroid each has its evidence (V,), in place of a
+            radius its share: a new cluster continues the one whose texts it has.
+        vocab_size: V. num_experts: slots. max_clusters: how many the routers can hold.
+
+    Raises:
+        ValueError: see `find_clusters`; labels with gaps, or none at all.
+    """
+    if settings.algorithm == GIVEN:
+        labels, clustering = given, _given_clusters(embed_texts(ids, vocab_size, settings.seed), given, max_clusters)
+    else:
+        clustering = cluster_texts(ids, vocab_size, settings, max_clusters)
+        labels = clustering.labels
+    # a cluster of which every text is held out would have none to be fitted on
+    held = held & np.isin(labels, labels[~held])
+    evidence = Evidence.fit(ids, labels, clustering.shares, vocab_size, held)
+    before = Evidence(identities.centroids.T, identities.radii)
+    ownership = assign_experts(
+        identities,
+        evidence.table.T,
+        clustering.shares.astype(np.float32),
+        clustering.shares,
+        common_share=settings.common_share,
+        num_experts=num_experts,
+        patience=settings.patience,
+        matched=match_texts(before.of_texts(ids), len(identities), labels, len(clustering)),
+    )
+    fit = JointFit(labels, clustering, ownership, evidence)
+    fit.metrics = {"text_clarity": clustering.clarity, "temper": evidence.temper}
+    if clustering.silhouette is not None:
+        fit.metrics["silhouette"] = clustering.silhouette
+    if len(identities):
+        then = np.append(identities.experts, -1)[before.of_texts(ids)]
+        now = np.append(ownership.experts, -1)[evidence.of_texts(ids)]
+        fit.metrics["churn"] = float((then != now).mean())
+    return fit
+
+
+def match_texts(old_labels: np.ndarray, old: int, labels: np.ndarray, new: int) -> np.ndarray:
+    """
+    The old cluster that each new one continues, (new,) int64, -1 for a new one: the assignment that shares most texts.
+
+    Args:
+        old_labels: (N,) the old cluster of each text, one of `old`.
+        labels: (N,) the new one, one of `new`, -1 for none.
+    """
+    matched = np.full(new, -1, np.int64)
+    if not old:
+        return matched
+    overlap = np.zeros((new, old))
+    for cluster in range(new):
+        for other in range(old):
+            both = (labels == cluster) & (old_labels == other)
+            overlap[cluster, other] = both.sum() / max(((labels == cluster) | (old_labels == other)).sum(), 1)
+    for row, column in zip(*linear_sum_assignment(-overlap), strict=True):
+        if overlap[row, column] >= LEAST_OVERLAP:
+            matched[row] = column
+    return matched
+
+
+def _given_clusters(embeddings: np.ndarray, labels: np.ndarray, max_clusters: int) -> Clustering:
+    inside = labels >= 0
+    found = np.unique(labels[inside])
+    if not len(found) or found[-1] >= max_clusters or len(found) != found[-1] + 1:
+        raise ValueError(
+            f"given_clusters {found.tolist()} of {len(labels)} sampled sequences are not allowed: they must be "
+            f"numbered from 0 without gaps, and be fewer than cse_max_clusters={max_clusters}."
+        )
+    return describe_clusters(embeddings[inside], labels[inside])

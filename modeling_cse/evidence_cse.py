@@ -1,0 +1,143 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""
+Routes by evidence: what the tokens read so far say about the cluster of their text.
+
+Every token of the vocabulary carries a log-likelihood ratio for each cluster (naive Bayes over unigrams). A token's
+route is the cluster with the largest sum over the tokens of its text up to and including itself, plus the log share
+of the cluster. The sum depends on the text alone: not on how far the model is trained, nor on the layer. Shapes are
+named in routing_cse.py; V is the size of the vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+from .routing_cse import SequenceScope
+
+
+# Evidence is a multiple of this many nats and within these bounds: fp32 then adds up to 2,048 tokens without rounding,
+# so that a route depends neither on padding nor on what else is packed into its row, nor on how a device sums.
+STEP = 2.0**-10
+LARGEST = 8.0
+
+
+class EvidenceRouter(nn.Module):
+    """
+    One a model, for all of its sites. Nothing here is learned by gradient: clustering writes the buffers.
+
+    Buffers (persistent, fp32):
+        evidence (V, C): log p(token | cluster) - log p(token), in steps of 2 ** -10 nats.
+        log_shares (C,): log share of each cluster, the lowest float for rows not in use.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.causal = config.reads_left_to_right
+        self.shape = (config.vocab_size, config.max_clusters)
+        for name, value in self.empty_state(*self.shape).items():
+            self.register_buffer(name, value)
+
+    @staticmethod
+    def empty_state(tokens: int, clusters: int) -> dict[str, torch.Tensor]:
+        """The buffers of a router that holds no cluster."""
+        lowest = torch.finfo(torch.float32).min
+        return {
+            "evidence": torch.zeros(tokens, clusters, dtype=torch.float32),
+            "log_shares": torch.full((clusters,), lowest, dtype=torch.float32),
+        }
+
+    def reset_buffers(self) -> None:
+        """Fills every buffer that no checkpoint has filled."""
+        for name, value in self.empty_state(*self.shape).items():
+            init.copy_(getattr(self, name), value)
+
+    def _apply(self, fn, recurse=True):
+        # as `ClusterRouter`: only the device may change
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    @torch.no_grad()
+    def write(self, evidence: torch.Tensor, shares: torch.Tensor) -> None:
+        """
+        Replaces the routing state.
+
+        Args:
+            evidence: (V, k) fp32 log-likelihood ratios in nats, k <= C; rounded and bounded here.
+            shares: (k,) share of each cluster, above 0.
+
+        Raises:
+            ValueError: another vocabulary, or more clusters than there is room for.
+        """
+        tokens, room = self.evidence.shape
+        if evidence.shape[0] != tokens or not 1 <= evidence.shape[1] <= room or shares.shape != evidence.shape[1:]:
+            raise ValueError(
+                f"evidence of shape {tuple(evidence.shape)} with shares of shape {tuple(shares.shape)} is not "
+                f"allowed: it must be ({tokens}, k) and (k,), with 1 <= k <= cse_max_clusters={room}."
+            )
+        state = self.empty_state(tokens, room)
+        bounded = evidence.float().clamp(-LARGEST, LARGEST)
+        state["evidence"][:, : evidence.shape[1]] = (bounded / STEP).round() * STEP
+        state["log_shares"][: len(shares)] = (shares.double().log() / STEP).round().float() * STEP
+        for name, value in state.items():
+            getattr(self, name).copy_(value)
+
+    @torch.no_grad()
+    def resize(self, tokens: int) -> None:
+        """Follows a vocabulary of another size; new tokens carry no evidence."""
+        rows = self.evidence[:tokens]
+        self.evidence = F.pad(rows, (0, 0, 0, tokens - len(rows)))
+        self.shape = tuple(self.evidence.shape)
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """
+        Args:
+            input_ids: (B, T) whole texts, from their first token on.
+            attention_mask: (B, T), 0 at padding, which says nothing.
+            position_ids: (B, T) or (T,); where they start again, another text begins.
+
+        Returns:
+            The cluster of each token (B, T) int64, -1 while there are no clusters: by the tokens up to it in a causal
+            model, by all of its text otherwise.
+        """
+        scope = SequenceScope.of(attention_mask, position_ids)
+        evidence = F.embedding(input_ids, self.evidence)
+        if scope.mask is not None:
+            evidence = evidence * scope.mask.unsqueeze(-1)
+        sums = self._sums_so_far(evidence, scope) if self.causal else self._sums_of_texts(evidence, scope)
+        clusters = (sums + self.log_shares).argmax(-1)
+        in_use = self.log_shares > torch.finfo(torch.float32).min
+        return torch.where(in_use[clusters], clusters, -1)
+
+    @staticmethod
+    def _sums_so_far(evidence: torch.Tensor, scope: SequenceScope) -> torch.Tensor:
+        sums = evidence.cumsum(1)
+        if scope.segments is None:
+            return sums
+        segments = scope.segments.expand(evidence.shape[:2])
+        places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+        begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+        first = torch.where(begins, places, 0).cummax(1).values
+        before = F.pad(sums, (0, 0, 1, 0)).gather(1, first.unsqueeze(-1).expand_as(sums))
+        return sums - before
+
+    @staticmethod
+    def _sums_of_texts(evidence: torch.Tensor, scope: SequenceScope) -> torch.Tensor:
+        if scope.segments is None:
+            return evidence.sum(1, keepdim=True).expand_as(evidence)
+        batch, length, _ = evidence.shape
+        rows = torch.arange(batch, device=evidence.device).unsqueeze(1)
+        index = (rows * length + scope.segments.expand(batch, length)).flatten()
+        sums = torch.zeros_like(evidence).flatten(0, 1).index_add(0, index, evidence.flatten(0, 1))
+        return sums[index].view_as(evidence)
+
+
+__all__ = ["EvidenceRouter"]
