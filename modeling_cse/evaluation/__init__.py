@@ -2,6 +2,7 @@
 """Evaluation: how well a model predicts and where it routes, in numbers. A leaf package; needs the `train` extra."""
 
 from .frequency import NGramCounts, PerplexityByBin
+from .metrics import Accuracy, MacroF1, MatthewsCorrelation
 from .paired import Estimate, difference, mean_interval, ratio, share_of_gain
 from .perplexity import (
     Perplexity,
@@ -15,7 +16,10 @@ from .routing import expert_shares
 
 
 __all__ = [
+    "Accuracy",
     "Estimate",
+    "MacroF1",
+    "MatthewsCorrelation",
     "NGramCounts",
     "Perplexity",
     "PerplexityByBin",
