@@ -2,7 +2,7 @@
 """The opponents: what each arm of the benchmark is, and the model it trains."""
 
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,10 @@ def build_config(arm: Arm, family: str, size: dict[str, Any], tokenizer: PreTrai
     values |= {"vocab_size": len(tokenizer), **size}
     if arm.kind == "dense":
         values["cse_layers"] = []
+    values |= arm.model
     if arm.control:
         values["cse_routing"] = "given"
-    return config_class(**{**values, **arm.model})
+    return config_class(**values)
 
 
 def build_model(
@@ -160,11 +161,6 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return {"total": total, "active": total - idle}
 
 
-def with_learning_rate(arm: Arm, learning_rate: float) -> Arm:
-    """The arm at another learning rate."""
-    return replace(arm, training={**arm.training, "learning_rate": learning_rate})
-
-
 __all__ = [
     "Arm",
     "build_callback",
@@ -174,5 +170,4 @@ __all__ = [
     "label",
     "model_class",
     "read_arms",
-    "with_learning_rate",
 ]

@@ -1,8 +1,30 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""Analysis: what happened during a run, in pictures. A leaf package; needs the `train` extra."""
+"""Analysis: what happened during a run, in pictures and words. A leaf package; needs the `train` extra."""
 
 from .clusters import ClusterView, plot_reclustering
+from .comparison_figures import cluster_names, plot_found_clusters, plot_gains
 from .figures import plot_run, read_metrics
+from .gains import Gain, Losses, measure_gain
+from .terms import top_terms
+from .typical import passage, typical_rows
+from .verdict import RULES, Verdict, judge
 
 
-__all__ = ["ClusterView", "plot_reclustering", "plot_run", "read_metrics"]
+__all__ = [
+    "ClusterView",
+    "Gain",
+    "Losses",
+    "RULES",
+    "Verdict",
+    "cluster_names",
+    "judge",
+    "measure_gain",
+    "passage",
+    "plot_found_clusters",
+    "plot_gains",
+    "plot_reclustering",
+    "plot_run",
+    "read_metrics",
+    "top_terms",
+    "typical_rows",
+]

@@ -18,6 +18,8 @@ from .threads import one_thread
 
 # Points among which silhouettes are measured: their cost grows with the square.
 SILHOUETTE_SAMPLE = 1000
+# Starts of k-means, of which the best counts.
+RESTARTS = 4
 # What is smaller than this share of the largest coordinate is left over from rounding.
 DUST = 1e-12
 
@@ -73,6 +75,7 @@ def find_clusters(
     projection: int | str | None = "auto",
     min_cluster_share: float | None = None,
     max_clusters: int | None = None,
+    restarts: int = RESTARTS,
 ) -> Clustering:
     """
     Clusters sequence embeddings. The same arguments give the same clusters, to the bit.
@@ -88,6 +91,7 @@ def find_clusters(
             a range is cut to N.
         seed: of the algorithm's random start, the projection, and the sample for silhouettes.
         projection, min_cluster_share: see `ClusterSettings`.
+        restarts: of k-means, the best of which counts.
         max_clusters: how many the router can hold, None for no bound. Of more dense regions than that the largest
             stay, and the sequences of the others join their nearest cluster.
 
@@ -116,8 +120,8 @@ def find_clusters(
             points = directions(points)
         low, high = settings.cluster_range
         if not isinstance(settings.num_clusters, tuple):
-            return describe_clusters(embeddings, _kmeans(points, low, seed))
-        labels, silhouette = _best_kmeans(points, low, min(high, len(points)), seed)
+            return describe_clusters(embeddings, _kmeans(points, low, seed, restarts))
+        labels, silhouette = _best_kmeans(points, low, min(high, len(points)), seed, restarts)
     clustering = describe_clusters(embeddings, labels)
     clustering.silhouette = silhouette
     return clustering
@@ -148,17 +152,19 @@ def directions(points: np.ndarray) -> np.ndarray:
     return (centered / length).astype(np.float32)
 
 
-def _kmeans(points: np.ndarray, count: int, seed: int) -> np.ndarray:
-    return KMeans(n_clusters=count, n_init=4, random_state=seed).fit_predict(points)
+def _kmeans(points: np.ndarray, count: int, seed: int, restarts: int) -> np.ndarray:
+    return KMeans(n_clusters=count, n_init=restarts, random_state=seed).fit_predict(points)
 
 
-def _best_kmeans(points: np.ndarray, low: int, high: int, seed: int) -> tuple[np.ndarray, float | None]:
+def _best_kmeans(
+    points: np.ndarray, low: int, high: int, seed: int, restarts: int
+) -> tuple[np.ndarray, float | None]:
     """The labels with the largest silhouette among k = low..high, the smallest k of equals, and that silhouette."""
     sample = np.random.default_rng(seed).permutation(len(points))[:SILHOUETTE_SAMPLE]
     distances = euclidean_distances(points[sample])  # the same for every number of clusters
     best, best_score = None, None
     for count in range(low, high + 1):
-        labels = _kmeans(points, count, seed)
+        labels = _kmeans(points, count, seed, restarts)
         score = _silhouette(distances, labels[sample])
         if best is None or (score is not None and (best_score is None or score > best_score)):
             best, best_score = labels, score

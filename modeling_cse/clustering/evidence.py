@@ -15,7 +15,7 @@ from .texts import count_tokens
 PRIOR_SHARE = 0.004
 # Tokens of a text are not independent, so that the sum over them claims too much by this factor; chosen on held-out
 # texts.
-TEMPERS = (1.0, 0.5, 0.25, 0.125)
+TEMPERS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
 @dataclass

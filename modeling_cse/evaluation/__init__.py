@@ -13,6 +13,7 @@ from .perplexity import (
 )
 from .purity import RoutingPurity, routing_purity, sequence_routes
 from .routing import expert_shares
+from .sequences import SequenceClusters, sequence_clusters, sequence_losses
 
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "PerplexityByDomain",
     "RoutingPurity",
     "difference",
+    "SequenceClusters",
     "expert_shares",
     "mean_interval",
     "perplexity_for_trainer",
@@ -34,5 +36,7 @@ __all__ = [
     "row_losses_for_trainer",
     "sequence_routes",
     "share_of_gain",
+    "sequence_clusters",
+    "sequence_losses",
     "token_losses",
 ]

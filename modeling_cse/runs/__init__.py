@@ -2,7 +2,8 @@
 """Whole runs, from arguments to report. The top storey: it knows every other one; needs the `train` extra."""
 
 from .arguments import parse_arguments
+from .comparison import compare
 from .pretraining import BERT, GPT2, pretrain
 
 
-__all__ = ["BERT", "GPT2", "parse_arguments", "pretrain"]
+__all__ = ["BERT", "GPT2", "compare", "parse_arguments", "pretrain"]

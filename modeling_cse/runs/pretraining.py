@@ -163,7 +163,9 @@ class Pretraining:
         )
         self.tokenizer = self._load_tokenizer(corpus["train"])
         self.training = self._label(self._pack(corpus["train"], data.streaming))
+        self.training_domains: list[str] | None = None  # training itself never sees them
         if isinstance(self.training, Dataset) and "domain" in self.training.column_names:
+            self.training_domains = list(self.training["domain"])
             self.training = self.training.remove_columns("domain")
         validation = corpus["validation"]
         if isinstance(validation, IterableDataset):  # it is read many times, and by domain

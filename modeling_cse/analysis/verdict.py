@@ -1,0 +1,114 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Whether experts are worth it, by rules that are written down, from intervals and nothing else."""
+
+from dataclasses import dataclass, field
+
+from .gains import Gain
+
+
+# A gain in perplexity under one per cent is not worth another kind of model.
+WORTH = 0.99
+# Silhouette of the clearest cluster with an expert, below which the text may be one cloud that k-means has cut
+# somewhere. States of a quickstart run (one seed, k of 2, 4 and 6): the clearest cluster of a rare domain had 0.32 to
+# 0.37, the clearest of all on the general text alone 0.15 to 0.24.
+CLEAR = 0.28
+# Share of tokens that must find the cluster of their sequence beyond the first few.
+FOUND = 0.6
+
+RULES = (
+    f"Rules. Clusters are clear if one with an expert has a silhouette of {CLEAR} or more, {FOUND:.0%} of the "
+    "held-out tokens find the cluster of their sequence, and some held-out sequence belongs to an expert. Of the "
+    "95 % intervals of the "
+    'ratio: "yes" if the long tail lies below 1 and the common text does not lie above 1; "hardly" if so, but the '
+    f'gain is under {1 - WORTH:.0%}; "mixed" if the long tail gains and the common text loses; "no" if the long tail '
+    f"lies above 1, or above {WORTH} and the common text does not gain, or holds 1 where the common text loses; else "
+    '"cannot tell". Without clear clusters "yes" and "mixed" become "cannot tell" (parameters alone may gain), all '
+    'others "no".'
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`answer`: "yes", "hardly", "mixed", "no" or "cannot tell"; `reasons`: one sentence each; `advice`: what would
+    tell more."""
+
+    answer: str
+    reasons: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+
+
+def judge(
+    tail: Gain | None, common: Gain | None, silhouette: float | None, agreement: float | None, seeds: int
+) -> Verdict:
+    """
+    The verdict on a corpus (`RULES` in words).
+
+    Args:
+        tail: gain on held-out sequences whose cluster owns an expert; None if there are none.
+        common: gain on all others; None if there are none.
+        silhouette: of the clearest cluster with an expert, -1 to 1; None where there is none.
+        agreement: share of the held-out tokens that are routed to the cluster of their sequence.
+        seeds: trainings behind the gains.
+    """
+    unclear = _unclear(tail, silhouette, agreement)
+    reasons = [f"No clear clusters: {unclear}."] if unclear else []
+    for name, gain in (("The long tail (text with an expert)", tail), ("The common text", common)):
+        if gain is not None:
+            reasons.append(f"{name}: {_in_words(gain)}.")
+    answer = "no" if tail is None else _answer(tail, common)
+    if unclear:
+        answer = "cannot tell" if answer in ("yes", "mixed") else "no"
+    return Verdict(answer, reasons, _advice(answer, tail, seeds))
+
+
+def _unclear(tail: Gain | None, silhouette: float | None, agreement: float | None) -> str | None:
+    if silhouette is None:
+        return "none has an expert"
+    if silhouette < CLEAR:
+        return f"the clearest with an expert has a silhouette of {silhouette:.2f}, under {CLEAR}"
+    if agreement is not None and agreement < FOUND:
+        return f"{agreement:.0%} of the tokens find the cluster of their sequence, under {FOUND:.0%}"
+    return "no held-out sequence belongs to a cluster with an expert" if tail is None else None
+
+
+def _answer(tail: Gain, common: Gain | None) -> str:
+    if tail.low is None:
+        return "cannot tell"
+    loses = common is not None and common.worse
+    if tail.better:
+        return "mixed" if loses else "yes" if tail.ratio <= WORTH else "hardly"
+    gains = common is not None and common.better
+    if tail.worse or loses or (tail.low > WORTH and not gains):
+        return "no"
+    return "cannot tell"
+
+
+def _in_words(gain: Gain) -> str:
+    if gain.low is None:
+        return f"ratio {gain.ratio:.3f}, of too few sequences ({gain.sequences}) for an interval"
+    found = "a gain" if gain.better else "a loss" if gain.worse else "no difference beyond the interval"
+    return f"ratio {gain.ratio:.3f}, interval {gain.low:.3f} to {gain.high:.3f}: {found}"
+
+
+def _advice(answer: str, tail: Gain | None, seeds: int) -> list[str]:
+    if answer == "no":
+        return [
+            "This answer is for this size and these tokens. If you know of rare domains in the text, try more tokens "
+            "(--steps) or a larger model (--size 7m)."
+        ]
+    advice = []
+    if tail.low is None and seeds == 1:
+        advice.append("Hold out more text of rare domains (--validation).")
+    if seeds == 1:
+        advice.append(
+            "Train again with other seeds (--seeds 3 or 5; what is done is kept): the interval of one seed does not "
+            "hold the noise of training."
+        )
+    elif answer == "cannot tell":
+        advice.append(f"More seeds than {seeds} make the interval narrower.")
+    if answer in ("cannot tell", "hardly", "mixed"):
+        advice.append(
+            "Train on more tokens (--steps, more text), or train a larger model (--size 7m): clusters and experts "
+            "need tokens."
+        )
+    return advice

@@ -1,0 +1,129 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""What a comparison measures of one seed: numbers of single sequences (`measured.npz`), and what is to be told of the
+clusters (`measured.json`)."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from sklearn.metrics import silhouette_samples
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
+
+from ..analysis import passage, read_metrics, top_terms, typical_rows
+from ..evaluation import SequenceClusters, sequence_clusters, sequence_losses
+from ..training.memory import replace_whole
+from .pretraining import RUNS, Pretraining
+
+
+# Training sequences by which clusters are described; drawn at random.
+SAMPLE = 1024
+
+
+def measure(run: Pretraining, folder: Path) -> None:
+    """
+    Measures both models of a finished run, and writes `measured.npz` and then `measured.json` into its folder.
+
+    The arrays: of the held-out sequences, in the order of the domains' names, `domains`, `tokens`, `dense` and `cse`
+    (summed losses in nats), `clusters`, `agreement`; of a sample of the training sequences `sample_domains`,
+    `sample_clusters`, `sample_embeddings`; and the `centroids` and `experts` of the clusters.
+    """
+    models = {name: run.family.model_class.from_pretrained(folder / name).eval() for name in RUNS}
+    held_out = concatenate_datasets(list(run.validation.values()))
+    domains = [domain for domain, blocks in run.validation.items() for _ in range(len(blocks))]
+    losses = {name: sequence_losses(model, _batches(run, held_out), shift=True) for name, model in models.items()}
+    own = sequence_clusters(models["cse"], _batches(run, held_out))
+    drawn = np.sort(np.random.default_rng(0).permutation(len(run.training))[:SAMPLE])
+    sample = run.training.select(drawn)
+    found = sequence_clusters(models["cse"], _batches(run, sample))
+    known = run.training_domains
+    arrays = {
+        "domains": np.asarray(domains),
+        "tokens": losses["cse"][1],
+        **{name: nll for name, (nll, _) in losses.items()},
+        "clusters": own.clusters,
+        "agreement": own.agreement,
+        "sample_domains": np.asarray(["all"] * len(drawn) if known is None else [known[row] for row in drawn]),
+        "sample_clusters": found.clusters,
+        "sample_embeddings": found.embeddings,
+        "centroids": found.centroids,
+        "experts": found.experts,
+    }
+    facts = {
+        "clusters": _describe(run, sample, found),
+        "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
+        "active_parameters": _active(models["cse"]),
+        **_logged(folder),
+    }
+    replace_whole(folder / "measured.npz", lambda path: _save(path, arrays))
+    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    replace_whole(folder / "measured.json", lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as file:  # a name would get another ending
+        np.savez(file, **arrays)
+
+
+def _batches(run: Pretraining, blocks: Dataset) -> Iterable[dict[str, torch.Tensor]]:
+    return DataLoader(blocks, run.args.per_device_eval_batch_size, collate_fn=default_data_collator)
+
+
+def _describe(run: Pretraining, sample: Dataset, found: SequenceClusters) -> list[dict[str, Any]]:
+    """Share, expert, silhouette (mean of its members, -1 to 1), agreement, words and typical sequences of each
+    cluster."""
+    texts = [run.tokenizer.decode(ids, skip_special_tokens=True) for ids in sample["input_ids"]]
+    count = len(found.centroids)
+    terms = top_terms(texts, found.clusters, count)
+    typical = typical_rows(found.distances, found.clusters)
+    several = 1 < len(np.unique(found.clusters)) < len(texts)
+    silhouettes = silhouette_samples(found.embeddings, found.clusters) if several else None
+    described = []
+    for label in range(count):
+        members = found.clusters == label
+        described.append(
+            {
+                "share": float(members.mean()),
+                "expert": int(found.experts[label]),
+                "silhouette": float(silhouettes[members].mean()) if several and members.any() else None,
+                "agreement": float(found.agreement[members].mean()) if members.any() else None,
+                "terms": terms[label],
+                "typical": [passage(texts[row]) for row in typical[label]],
+            }
+        )
+    return described
+
+
+def _active(model: torch.nn.Module) -> int:
+    """Parameters that work for one routed token: with "replace" the expert in place of the base, with "add" both."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.base_model.routed_modules().values():
+        experts = sum(parameter.numel() for parameter in module.experts.parameters())
+        total -= experts
+        total += experts // module.num_experts if model.config.cse_combine == "add" else 0
+    return total
+
+
+def _logged(folder: Path) -> dict[str, Any]:
+    """What the runs logged: seconds of training, and the last fit of the last routed module."""
+    interrupted = folder / "interrupted.json"
+    cut = json.loads(interrupted.read_text(encoding="utf-8")) if interrupted.is_file() else []
+    entries = {name: read_metrics(folder / name / "metrics.jsonl") for name in RUNS}
+    seconds = {
+        name: None if name in cut else next(e["train_runtime"] for e in entries[name][::-1] if "train_runtime" in e)
+        for name in RUNS
+    }
+    last = next(entry for entry in reversed(entries["cse"]) if any(key.endswith("/clusters") for key in entry))
+    site = sorted({key.rpartition("/")[0] for key in last if key.endswith("/clusters")}, key=_layer)[-1]
+    fit = {key.removeprefix(f"{site}/"): value for key, value in last.items() if key.startswith(f"{site}/")}
+    return {"seconds": seconds, "site": site.removeprefix("cse/"), "fit": {"step": last["step"], **fit}}
+
+
+def _layer(site: str) -> tuple[int, str]:
+    """cse/layer_3/ffn: its place in the model."""
+    _, layer, module = site.split("/")
+    return int(layer.removeprefix("layer_")), module

@@ -1,0 +1,61 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""The verdict follows its rules, whatever anyone hopes for."""
+
+import pytest
+
+from modeling_cse.analysis import Gain, judge
+
+
+def gain(low, ratio, high) -> Gain:
+    return Gain(50, 30.0, 30.0 * ratio, ratio, low, high)
+
+
+GAINS, LITTLE, LOSES = gain(0.9, 0.95, 0.98), gain(0.992, 0.995, 0.998), gain(1.01, 1.03, 1.05)
+NOTHING, WIDE, FEW = gain(0.995, 1.0, 1.005), gain(0.9, 0.98, 1.07), gain(None, 0.9, None)
+
+
+@pytest.mark.parametrize(
+    ("tail", "common", "answer"),
+    [
+        (GAINS, NOTHING, "yes"),
+        (GAINS, WIDE, "yes"),
+        (GAINS, GAINS, "yes"),
+        (GAINS, None, "yes"),
+        (LITTLE, NOTHING, "hardly"),
+        (GAINS, LOSES, "mixed"),
+        (LOSES, NOTHING, "no"),
+        (NOTHING, NOTHING, "no"),
+        (WIDE, LOSES, "no"),
+        (WIDE, NOTHING, "cannot tell"),
+        (NOTHING, GAINS, "cannot tell"),
+        (FEW, NOTHING, "cannot tell"),
+    ],
+)
+def test_intervals_decide(tail, common, answer):
+    verdict = judge(tail, common, silhouette=0.6, agreement=0.9, seeds=3)
+    assert verdict.answer == answer
+    assert len(verdict.reasons) == (1 if common is None else 2)
+    assert bool(verdict.advice) == (answer != "yes")
+
+
+@pytest.mark.parametrize(
+    ("tail", "silhouette", "agreement", "reason"),
+    [
+        (GAINS, 0.2, 0.9, "silhouette of 0.20"),
+        (GAINS, None, 0.9, "none has an expert"),
+        (GAINS, 0.6, 0.4, "40% of the tokens"),
+        (None, 0.6, 0.9, "no held-out sequence belongs"),
+    ],
+)
+def test_without_clear_clusters_there_is_no_yes(tail, silhouette, agreement, reason):
+    verdict = judge(tail, NOTHING, silhouette, agreement, seeds=3)
+    assert verdict.answer == ("no" if tail is None else "cannot tell") and reason in verdict.reasons[0]
+    assert judge(NOTHING, NOTHING, silhouette, agreement, seeds=3).answer == "no" or tail is None
+    assert judge(WIDE, NOTHING, 0.2, 0.9, seeds=3).answer == "no"
+
+
+def test_one_seed_is_told_to_be_one():
+    advice = " ".join(judge(GAINS, NOTHING, 0.6, 0.9, seeds=1).advice)
+    assert "--seeds" in advice and "noise of training" in advice
+    assert "More seeds than 3" in " ".join(judge(WIDE, NOTHING, 0.6, 0.9, seeds=3).advice)
+    assert "--validation" in " ".join(judge(FEW, NOTHING, 0.6, 0.9, seeds=1).advice)
