@@ -103,7 +103,7 @@ def _runs(words: list[str], length: int) -> Iterator[bytes]:
         yield hashlib.blake2b(run.encode(), digest_size=8).digest()
 
 
-class TestOverlap:
+class HeldOutOverlap:
     """
     Finds documents that share a run of 13 words with a test row of a task. Rows shorter than that are looked for
     whole, from 8 words on.
@@ -187,7 +187,7 @@ class CorpusBuilder:
         overlap: tells documents that hold test rows.
     """
 
-    def __init__(self, mixture: Mixture, text: Path, overlap: TestOverlap):
+    def __init__(self, mixture: Mixture, text: Path, overlap: HeldOutOverlap):
         self.mixture, self.text, self.overlap = mixture, text, overlap
 
     def build(self, output: Path) -> None:
@@ -328,7 +328,7 @@ def main() -> None:
     mixture = Mixture(**json.loads(arguments.mixture.read_text(encoding="utf-8")))
     if arguments.family:
         mixture = replace(mixture, family=arguments.family)
-    overlap = TestOverlap(test_texts(arguments.tasks) if arguments.tasks else {})
+    overlap = HeldOutOverlap(test_texts(arguments.tasks) if arguments.tasks else {})
     CorpusBuilder(mixture, arguments.text, overlap).build(arguments.output)
     print((arguments.output / "corpus.json").read_text(encoding="utf-8"))
 

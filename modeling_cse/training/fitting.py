@@ -84,7 +84,8 @@ def fit_layers(
     fits = fits if layer_budget is None else clearest_layers(fits, layer_budget)
     for site, fit in fits.items():
         write_fit(modules[site], fit, settings, memory.fits, site)
-        memory.identities[site] = fit.ownership.identities
+        if joint is None:
+            memory.identities[site] = fit.ownership.identities
         if fit.discriminant is not None:
             memory.discriminants[site] = fit.discriminant
         metrics.update({f"cse/{site}/{name}": value for name, value in fit.metrics.items()})

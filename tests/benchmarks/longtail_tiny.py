@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "longtail_benchmar
 # the files of an example find each other in their own folder
 sys.path.append(str(EXAMPLES))
 
-from corpus import Corpus, CorpusBuilder, Mixture, TestOverlap  # noqa: E402
+from corpus import Corpus, CorpusBuilder, HeldOutOverlap, Mixture  # noqa: E402
 
 
 DOMAINS = {"general": ["general/news"], "legal": ["legal/court"], "medical": ["medical/notes"]}
@@ -55,7 +55,7 @@ def write_text(folder: Path, documents: int = 400) -> Path:
 def build_corpus(text: Path, folder: Path, **changes) -> Corpus:
     """A corpus of 128 training blocks of 32 tokens."""
     values = {"tokens": 4096, "held_out": 256, "block_size": 32, "document_size": 64, "vocab_size": 300, **changes}
-    CorpusBuilder(Mixture(DOMAINS, SHARES, **values), text, TestOverlap({})).build(folder)
+    CorpusBuilder(Mixture(DOMAINS, SHARES, **values), text, HeldOutOverlap({})).build(folder)
     return Corpus.load(folder)
 
 

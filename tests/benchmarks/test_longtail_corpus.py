@@ -9,7 +9,7 @@ import pytest
 from longtail_tiny import EXAMPLES
 
 
-from corpus import Mixture, TestOverlap, normalised_words  # isort: skip
+from corpus import Mixture, HeldOutOverlap, normalised_words  # isort: skip
 
 
 def task_by_looking_everywhere(tasks: dict[str, list[str]], text: str) -> str | None:
@@ -35,7 +35,7 @@ def test_overlap_is_found_as_by_looking_everywhere():
     words = [f"w{number}" for number in range(30)]
     rows = [" ".join(draws.choice(words, length)) for length in (5, 7, 8, 9, 12, 13, 14, 30)]
     tasks = {"a": rows[:5], "b": rows[5:], "c": [rows[3], rows[6]]}
-    overlap, found = TestOverlap(tasks), []
+    overlap, found = HeldOutOverlap(tasks), []
     for number in range(200):
         row = rows[number % len(rows)].split()
         cut = row[draws.integers(0, 2) : len(row) - draws.integers(0, 2)]
@@ -43,7 +43,7 @@ def test_overlap_is_found_as_by_looking_everywhere():
         found.append(overlap.task_of(text))
         assert found[-1] == task_by_looking_everywhere(tasks, text)
     assert {None, "a", "b", "c"} == set(found)
-    assert overlap.task_of("") is None and TestOverlap({}).task_of(" ".join(words)) is None
+    assert overlap.task_of("") is None and HeldOutOverlap({}).task_of(" ".join(words)) is None
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "mixtures").glob("*.json")), ids=lambda path: path.stem)

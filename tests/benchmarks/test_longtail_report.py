@@ -33,12 +33,13 @@ SITE = "layer_1/ffn"
 CONFIG = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": BLOCK}
 TRAINING = {"per_device_train_batch_size": BATCH, "max_steps": STEPS}
 EXPERTS = {"cse_layers": [1], "cse_combine": "add", "cse_num_experts": 2}
+STAGE = {"num_train_epochs": 1, "learning_rate": 1e-3, "eval_steps": 2}
 ARMS = {
     "dense": Arm("dense", "dense"),
     "cse": Arm("cse", "cse", model=EXPERTS),
     "oracle": Arm("oracle", "cse", model=EXPERTS, control="oracle"),
-    "dense_legal": Arm("dense_legal", "dense", start="dense", domain="legal"),
-    "dense_medical": Arm("dense_medical", "dense", start="dense", domain="medical"),
+    "dense_legal": Arm("dense_legal", "dense", training=STAGE, start="dense", domain="legal"),
+    "dense_medical": Arm("dense_medical", "dense", training=STAGE, start="dense", domain="medical"),
 }
 # Perplexity over dense of each long-tail domain, beyond the first 8 positions; the general text's all over.
 LONG, GENERAL = {"cse": 0.8, "oracle": 0.64, "dense_legal": 0.9, "dense_medical": 0.9}, {"dense_legal": 1.5}
