@@ -44,7 +44,7 @@ def write_page(folder: Path, extract: Extract, parts: list[Path], settings: dict
     Returns:
         What `page.json` holds.
     """
-    arrays = [dict(np.load(part / "measured.npz", allow_pickle=False)) for part in parts]
+    arrays = [dict(np.load(part / "measured.npz")) for part in parts]
     facts = [json.loads((part / "measured.json").read_text(encoding="utf-8")) for part in parts]
     gains = group_gains(arrays, with_domains=extract.domains is not None)
     agreement = float(np.mean([part["agreement"].mean() for part in arrays]))

@@ -232,6 +232,11 @@ class ClusterExpertsCallback(TrainerCallback):
                 f"cse_max_clusters={most}."
             )
         config = self.base.config
+        if config.cse_routing == "given" and self.settings.algorithm != "given":
+            raise ValueError(
+                f"algorithm={self.settings.algorithm!r} is not allowed with cse_routing='given': clusters come with "
+                "the batch, so it must be 'given'."
+            )
         check_algorithm(self.base, self.settings)
         if self.schedule.moves and is_joint(self.base, self.settings):
             raise ValueError(

@@ -187,21 +187,15 @@ def _tell_of_owners(site: Site, fit: LayerFit, settings: ClusterSettings) -> Non
 
 def check_algorithm(base: nn.Module, settings: ClusterSettings) -> None:
     """
-    Says at the start what would otherwise fail at the first fit.
+    Whether routes can be read from clusters that are found so.
 
     Raises:
-        ValueError: an algorithm that this routing cannot follow.
+        ValueError: evidence, of clusters that each site finds for itself.
     """
-    routing, algorithm = base.config.cse_routing, settings.algorithm
-    if routing == "given" and algorithm != GIVEN:
+    if base.config.cse_routing == "evidence" and settings.algorithm not in (TEXT, GIVEN):
         raise ValueError(
-            f"algorithm={algorithm!r} is not allowed with cse_routing='given': clusters come with the batch, so it "
-            "must be 'given'."
-        )
-    if routing == "evidence" and algorithm not in (TEXT, GIVEN):
-        raise ValueError(
-            f"algorithm={algorithm!r} is not allowed with cse_routing='evidence', which all sites share: it must be "
-            "'text' or 'given'."
+            f"algorithm={settings.algorithm!r} is not allowed with cse_routing='evidence', shared by all sites: "
+            "it must be 'text' or 'given'."
         )
 
 
