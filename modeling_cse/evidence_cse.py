@@ -16,8 +16,9 @@ from transformers import initialization as init
 from .routing_cse import SequenceScope
 
 
-# Evidence is a multiple of this many nats and within these bounds: fp32 then adds up to 2,048 tokens without rounding,
-# so that a route depends neither on padding nor on what else is packed into its row, nor on how a device sums.
+# Evidence is a multiple of this many nats and within these bounds. It is added up in whole steps, int32 has room for
+# 262,143 tokens of a row, so that a route depends neither on padding nor on what else is packed into its row, nor on
+# how a device sums.
 STEP = 2.0**-10
 LARGEST = 8.0
 
@@ -63,6 +64,23 @@ class EvidenceRouter(nn.Module):
         return self
 
     @torch.no_grad()
+    def flaw(self) -> str | None:
+        """As `ClusterRouter.flaw`."""
+        state = {name: value.cpu() for name, value in self.named_buffers() if not value.is_meta}
+        if state.keys() != self._buffers.keys():
+            return None
+        broken = [name for name, value in state.items() if not value.isfinite().all()]
+        if broken:
+            return f"{broken[0]} is not finite"
+        if state["evidence"].abs().max() > LARGEST:
+            return f"evidence goes up to {float(state['evidence'].abs().max()):.3g}, above {LARGEST}"
+        shares = state["log_shares"]
+        unused = shares == torch.finfo(torch.float32).min
+        if (shares > 0).any() or (unused[:-1] & ~unused[1:]).any():
+            return f"log_shares are {shares.tolist()}: they must be 0 or less, unused rows last"
+        return None
+
+    @torch.no_grad()
     def write(self, evidence: torch.Tensor, shares: torch.Tensor) -> None:
         """
         Replaces the routing state.
@@ -72,7 +90,7 @@ class EvidenceRouter(nn.Module):
             shares: (k,) share of each cluster, above 0.
 
         Raises:
-            ValueError: another vocabulary, or more clusters than there is room for.
+            ValueError: another vocabulary, more clusters than there is room for, or what is not finite.
         """
         tokens, room = self.evidence.shape
         if evidence.shape[0] != tokens or not 1 <= evidence.shape[1] <= room or shares.shape != evidence.shape[1:]:
@@ -80,6 +98,8 @@ class EvidenceRouter(nn.Module):
                 f"evidence of shape {tuple(evidence.shape)} with shares of shape {tuple(shares.shape)} is not "
                 f"allowed: it must be ({tokens}, k) and (k,), with 1 <= k <= cse_max_clusters={room}."
             )
+        if not evidence.isfinite().all() or not (shares > 0).all():
+            raise ValueError("evidence must be finite, and each of the shares above 0.")
         state = self.empty_state(tokens, room)
         bounded = evidence.float().clamp(-LARGEST, LARGEST)
         state["evidence"][:, : evidence.shape[1]] = (bounded / STEP).round() * STEP
@@ -107,22 +127,31 @@ class EvidenceRouter(nn.Module):
         Returns:
             The cluster of each token (B, T) int64, -1 while there are no clusters: by the tokens up to it in a causal
             model, by all of its text otherwise.
+
+        Raises:
+            ValueError: the mask is of another shape.
         """
         scope = SequenceScope.of(attention_mask, position_ids)
-        evidence = F.embedding(input_ids, self.evidence)
+        batch, length = input_ids.shape
+        if scope.mask is not None and scope.mask.shape not in ((batch, length), (1, length)):
+            raise ValueError(
+                f"attention_mask of shape {tuple(scope.mask.shape)} is not allowed where texts are read from their "
+                f"beginning: it must be ({batch}, {length}), as input_ids are."
+            )
+        steps = (F.embedding(input_ids, self.evidence) / STEP).int()
         if scope.mask is not None:
-            evidence = evidence * scope.mask.unsqueeze(-1)
-        sums = self._sums_so_far(evidence, scope) if self.causal else self._sums_of_texts(evidence, scope)
-        clusters = (sums + self.log_shares).argmax(-1)
+            steps = steps * scope.mask.unsqueeze(-1)
+        sums = self._sums_so_far(steps, scope) if self.causal else self._sums_of_texts(steps, scope)
+        clusters = (sums.float() * STEP + self.log_shares).argmax(-1)
         in_use = self.log_shares > torch.finfo(torch.float32).min
         return torch.where(in_use[clusters], clusters, -1)
 
     @staticmethod
-    def _sums_so_far(evidence: torch.Tensor, scope: SequenceScope) -> torch.Tensor:
-        sums = evidence.cumsum(1)
+    def _sums_so_far(steps: torch.Tensor, scope: SequenceScope) -> torch.Tensor:
+        sums = steps.cumsum(1, dtype=torch.int32)
         if scope.segments is None:
             return sums
-        segments = scope.segments.expand(evidence.shape[:2])
+        segments = scope.segments.expand(steps.shape[:2])
         places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
         begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
         first = torch.where(begins, places, 0).cummax(1).values
@@ -130,14 +159,14 @@ class EvidenceRouter(nn.Module):
         return sums - before
 
     @staticmethod
-    def _sums_of_texts(evidence: torch.Tensor, scope: SequenceScope) -> torch.Tensor:
+    def _sums_of_texts(steps: torch.Tensor, scope: SequenceScope) -> torch.Tensor:
         if scope.segments is None:
-            return evidence.sum(1, keepdim=True).expand_as(evidence)
-        batch, length, _ = evidence.shape
-        rows = torch.arange(batch, device=evidence.device).unsqueeze(1)
+            return steps.sum(1, keepdim=True, dtype=torch.int32).expand_as(steps)
+        batch, length, _ = steps.shape
+        rows = torch.arange(batch, device=steps.device).unsqueeze(1)
         index = (rows * length + scope.segments.expand(batch, length)).flatten()
-        sums = torch.zeros_like(evidence).flatten(0, 1).index_add(0, index, evidence.flatten(0, 1))
-        return sums[index].view_as(evidence)
+        sums = torch.zeros_like(steps).flatten(0, 1).index_add(0, index, steps.flatten(0, 1))
+        return sums[index].view_as(steps)
 
 
 __all__ = ["EvidenceRouter"]

@@ -193,16 +193,38 @@ class CSEGPT2ForCausalLM(CSEGPT2PreTrainedModel, GPT2LMHeadModel, GenerationMixi
         self._refuse_sequence_routes("generate")
         return super().generate(*args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, *args, attention_mask=None, given_clusters=None, **kwargs):
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        """As upstream, which prepares each chunk of a prompt without what comes before it: evidence needs all."""
+        if self._reads_evidence() and generation_config.prefill_chunk_size is not None:
+            model_kwargs["whole_prompt"] = input_ids
+        outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        model_kwargs.pop("whole_prompt", None)
+        return outputs
+
+    def prepare_inputs_for_generation(self, input_ids, *args, whole_prompt=None, **kwargs):
         """As upstream. Under `cse_routing="evidence"` the routes of the new tokens are read from the whole text."""
-        routed = self.config.cse_routing == "evidence" and self.config.cse_layer_indices
-        if routed and given_clusters is None and input_ids.shape[1]:
-            given_clusters = self.transformer.read_clusters(input_ids, attention_mask)
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
-        if given_clusters is not None:
-            fed = inputs.get("input_ids")
-            inputs["given_clusters"] = given_clusters[:, -fed.shape[1] :] if routed else given_clusters
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if self._reads_evidence() and inputs.get("given_clusters") is None and input_ids.shape[1]:
+            text = input_ids if whole_prompt is None else whole_prompt
+            mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+            inputs["given_clusters"] = self._clusters_of_new_tokens(inputs, text, mask, positions)
         return inputs
+
+    def _reads_evidence(self) -> bool:
+        return self.config.cse_routing == "evidence" and bool(self.config.cse_layer_indices)
+
+    def _clusters_of_new_tokens(self, inputs, text, attention_mask, position_ids):
+        fed = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        cache = inputs.get("past_key_values")
+        end = fed.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
+        if end > text.shape[1]:
+            raise ValueError(
+                f"input_ids of {text.shape[1]} tokens are not allowed with past_key_values of {end - fed.shape[1]}: "
+                "with cse_routing='evidence', which reads texts from their beginning, they must hold all tokens."
+            )
+        mask = None if attention_mask is None else attention_mask[:, :end]
+        positions = position_ids if position_ids is not None and position_ids.shape[-1] == end else None
+        return self.transformer.read_clusters(text[:, :end], mask, positions)[:, -fed.shape[1] :]
 
     def generate_batch(self, *args, **kwargs):
         self._refuse_sequence_routes("generate_batch")

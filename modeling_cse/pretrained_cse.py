@@ -133,7 +133,9 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
         routers = sorted(key for key in missing if ".router." in key)
         without_experts = {key.split(".experts.")[0] for key in missing if ".experts." in key}
         lost = [key for key in routers if key.split(".router.")[0] not in without_experts]
-        lost += [key for key in missing if "evidence_router." in key and not without_experts]
+        with_experts = {key.split(".experts.")[0] for key, _ in model.named_parameters() if ".experts." in key}
+        if with_experts - without_experts:
+            lost += sorted(key for key in missing if "evidence_router." in key)
         if lost:
             raise ValueError(
                 f"The checkpoint {name!r} has experts but lacks the routing state "
@@ -141,19 +143,17 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
             )
         if getattr(model, "is_quantized", False) and model.config.cse_layer_indices:
             model._check_what_is_quantized()
-        for site, module in model.base_model.routed_modules().items():
-            flaw = module.router.flaw(module.num_experts)
-            if flaw is not None:
-                raise ValueError(
-                    f"The weights of the checkpoint {name!r} (model*.safetensors) were cut or edited: "
-                    f"{site}.router.{flaw}."
-                )
+        flaw = model.base_model.routing_flaw()
+        if flaw is not None:
+            raise ValueError(
+                f"The weights of the checkpoint {name!r} (model*.safetensors) were cut or edited: {flaw}."
+            )
         return (model, info) if output_loading_info else model
 
     def _check_what_is_quantized(self) -> None:
         # torchao can be told to quantise any parameter or buffer, but grouped products and routes take no codes
         for name, module in self.named_modules():
-            if isinstance(module, FusedExperts | ClusterRouter):
+            if isinstance(module, FusedExperts | ClusterRouter | EvidenceRouter):
                 for own, tensor in (*module.named_parameters(), *module.named_buffers()):
                     if tensor.is_floating_point() and is_quantized(tensor):
                         raise ValueError(
@@ -190,6 +190,16 @@ class CSEBaseMixin:
             for index in self.config.cse_layer_indices
             for name, module in self.blocks[index].routed_parts().items()
         }
+
+    def routing_flaw(self) -> str | None:
+        """What no clustering can have written into the routing state, by the name of the buffer; None if all is
+        well."""
+        for site, module in self.routed_modules().items():
+            flaw = module.router.flaw(module.num_experts)
+            if flaw is not None:
+                return f"{site}.router.{flaw}"
+        flaw = self.evidence_router.flaw() if hasattr(self, "evidence_router") else None
+        return None if flaw is None else f"evidence_router.{flaw}"
 
     def add_evidence_router(self) -> None:
         """What `cse_routing="evidence"` needs beside the routers of the sites; once the stock modules stand."""

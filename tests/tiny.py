@@ -106,6 +106,10 @@ def activate(model, seed: int = 0, owners: list[int] | None = None, noise: float
             ffn.fill_expert(slot, generator)
         for parameter in ffn.experts.parameters():
             parameter += noise * torch.randn(parameter.shape, generator=generator)
+    if hasattr(model.base_model, "evidence_router"):
+        clusters = len(OWNERS if owners is None else owners)
+        evidence = 2.0 * torch.randn(model.config.vocab_size, clusters, generator=generator)
+        model.base_model.evidence_router.write(evidence, torch.full((clusters,), 1 / clusters))
     return model
 
 

@@ -3,8 +3,9 @@
 
 from .algorithms import Clustering, find_clusters
 from .discriminant import Discriminant
+from .evidence import Evidence
 from .features import FeatureStore, RoutingFeatures, sample_features
-from .fitting import LayerFit, evidence_agreement, fit_layer, held_out, identities_of, write_fit
+from .fitting import LayerFit, evidence_agreement, fit_layer, held_out, identities_of, nearest_clusters, write_fit
 from .joint import JointFit, fit_texts
 from .moving import move_clusters
 from .ownership import Identities, assign_experts, long_tail, match_clusters
@@ -16,6 +17,7 @@ __all__ = [
     "ClusterSettings",
     "Clustering",
     "Discriminant",
+    "Evidence",
     "FeatureStore",
     "Identities",
     "JointFit",
@@ -31,6 +33,7 @@ __all__ = [
     "long_tail",
     "match_clusters",
     "move_clusters",
+    "nearest_clusters",
     "sample_features",
     "write_fit",
 ]

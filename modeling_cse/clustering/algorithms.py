@@ -12,7 +12,7 @@ from sklearn.metrics import euclidean_distances, silhouette_score
 from sklearn.random_projection import GaussianRandomProjection
 
 from .density import density_labels
-from .settings import GIVEN, ClusterSettings
+from .settings import GIVEN, TEXT, ClusterSettings
 from .threads import one_thread
 
 
@@ -101,6 +101,8 @@ def find_clusters(
     """
     if algorithm == GIVEN:
         raise ValueError(f"algorithm={GIVEN!r} is not allowed here: nothing is to be found. See `labelled_clusters`.")
+    if algorithm == TEXT:
+        raise ValueError(f"algorithm={TEXT!r} is not allowed here: embeddings are no texts. See `cluster_texts`.")
     settings = ClusterSettings(
         algorithm, num_clusters, seed=seed, projection=projection, min_cluster_share=min_cluster_share
     )

@@ -196,10 +196,12 @@ def _routing_metrics(router: ClusterRouter, fit: LayerFit, features: RoutingFeat
 
 def evidence_agreement(joint: JointFit, ids: np.ndarray) -> dict[str, float]:
     """How often the tokens read so far tell the cluster of their text, over held-out texts and by position."""
-    held = held_out(len(ids)) & (joint.labels >= 0)
+    held, labels = held_out(len(ids)), joint.labels
+    # as the fit has it: a cluster of which every text is held out was fitted on them
+    held &= np.isin(labels, labels[~held]) & (labels >= 0)
     if not held.any():
         return {}
-    right = joint.evidence.clusters(ids[held]) == joint.labels[held][:, None]
+    right = joint.evidence.clusters(ids[held]) == labels[held][:, None]
     inside = ids[held] >= 0
     metrics = {"agreement": float(right[inside].mean())}
     for first, last in POSITIONS:
@@ -227,6 +229,13 @@ def sequence_experts(router: ClusterRouter, features: RoutingFeatures, state: di
     priors = (probe.cluster_sizes / probe.cluster_sizes.sum().clamp_min(1)).double().clamp_min(1e-12).log()
     scores = scores - (features.positions.shape[1] - 1) * priors
     return probe.cluster_expert[scores.argmax(-1)]
+
+
+def nearest_clusters(router: ClusterRouter, embeddings: torch.Tensor) -> np.ndarray:
+    """The cluster in use whose centroid is next to each sequence embedding (N, d), (N,) int64."""
+    probe = ClusterRouter(router.config)
+    probe.write(**{name: rows.cpu() for name, rows in router.named_buffers()})
+    return probe.nearness(embeddings)[:, : router.num_clusters].argmax(1).numpy()
 
 
 def write_fit(module: RoutedModule, fit: LayerFit, settings: ClusterSettings, fit_number: int, site: Site) -> None:

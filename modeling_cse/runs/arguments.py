@@ -41,7 +41,7 @@ class ModelArguments:
     cse_combine: str | None = _flag(None, "replace or add; default: as the config says.")
     cse_num_experts: int | None = _flag(None, "Expert slots a layer; default: as the config says.")
     cse_expert_size: int | None = _flag(None, "Width of an expert; default: as the config says.")
-    cse_routing: str | None = _flag(None, "discriminant or sequence; default: as the config says.")
+    cse_routing: str | None = _flag(None, "discriminant, evidence or sequence; default: as the config says.")
     cse_max_clusters: int | None = _flag(None, "Clusters a router can hold; default: as the config says.")
 
     def __post_init__(self):
@@ -83,7 +83,7 @@ class ClusterArguments:
     recluster_growth: float = _flag(1.0, "Each interval between fits is so many times the one before.")
     recluster_until: str | None = _flag(None, "No fit after it: steps, or a share of training below 1.")
     update: str = _flag("recluster", "recluster, ema, recluster+ema or frozen.")
-    algorithm: str = _flag("kmeans", "How clusters are found: kmeans, spherical, dbscan, hdbscan, or given.")
+    algorithm: str = _flag("kmeans", "How clusters are found: kmeans, spherical, dbscan, hdbscan, text, or given.")
     num_clusters: list[int] | None = _flag(None, "Clusters to look for, or a range: 2 8. Default 6.", nargs="+")
     common_share: str = _flag("0.7", "The largest clusters are common until they hold this share; or elbow.")
     projection: str = _flag("auto", "Dimensions of a random projection before clustering, none, or auto.")

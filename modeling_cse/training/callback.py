@@ -45,10 +45,11 @@ class ClusterExpertsCallback(TrainerCallback):
         recluster_every (`int`): optimizer steps between the first fit and the second.
         update (`str`): `"recluster"`, `"ema"` (after the first fit centroids follow their members as moving averages,
             the paper's rule), `"recluster+ema"` (they do so between the fits) or `"frozen"` (the first fit stays).
-        algorithm (`str`): `"kmeans"`, `"spherical"`, `"dbscan"`, `"hdbscan"`, or `"given"`: the `given_clusters` of
-            the batches.
+        algorithm (`str`): `"kmeans"`, `"spherical"`, `"dbscan"`, `"hdbscan"`; `"text"`: k-means on the
+            tokens of the texts, one clustering for all sites (the one for `cse_routing="evidence"`); or `"given"`:
+            the `given_clusters` of the batches.
         num_clusters (`int`, pair of `int`): clusters to look for, or a range of which the silhouette chooses. Default:
-            6 where the algorithm wants a number.
+            6 where the algorithm wants a number, 10 for `"text"`.
         common_share (`float` or `"elbow"`): the largest clusters are common until together they hold this share; the
             others are long-tail.
         sample_size (`int`): sequences kept per fit, over all processes.

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..clustering import (
     ClusterSettings,
+    Evidence,
     Identities,
     JointFit,
     LayerFit,
@@ -22,6 +23,7 @@ from ..clustering import (
     fit_texts,
     held_out,
     identities_of,
+    nearest_clusters,
     write_fit,
 )
 from ..clustering.settings import GIVEN, TEXT
@@ -115,11 +117,11 @@ def fit_joint(
     Raises:
         ValueError: no sequence was sampled, or see `fit_texts`.
     """
-    sample = next(iter(features.values()))
+    site, sample = next(iter(features.items()))
     if sample is None:
         raise ValueError("no sequence reached a router: there is nothing to cluster.")
-    site, module = next(iter(base.routed_modules().items()))
-    identities = memory.texts or identities_of_texts(base, module.router)
+    module = base.routed_modules()[site]
+    identities = memory.texts or identities_of_texts(base, module.router, sample)
     fit = fit_texts(
         sample.ids.numpy(),
         sample.labels.numpy(),
@@ -135,14 +137,22 @@ def fit_joint(
     return fit
 
 
-def identities_of_texts(base: nn.Module, router: ClusterRouter) -> Identities:
-    """The clusters that a model holds, known by their evidence, for a fit that has no memory of the one before."""
-    count = router.num_clusters
-    if base.config.cse_routing != "evidence" or not count:
-        return Identities.none(base.config.vocab_size)
-    table, shares = base.evidence_router.evidence[:, :count], base.evidence_router.log_shares[:count].exp()
+def identities_of_texts(base: nn.Module, router: ClusterRouter, sample: RoutingFeatures) -> Identities:
+    """The clusters that a model holds, known by their evidence, for a fit that has no memory of the one before. A
+    model without evidence of its own gets that of the sampled texts whose states lie next to each centroid."""
+    count, vocab_size = router.num_clusters, base.config.vocab_size
+    if not count:
+        return Identities.none(vocab_size)
+    if base.config.cse_routing == "evidence":
+        table, shares = base.evidence_router.evidence[:, :count], base.evidence_router.log_shares[:count].exp()
+        table, shares = table.cpu().numpy(), shares.cpu().numpy()
+    else:
+        nearest = nearest_clusters(router, sample.embeddings)
+        # a cluster that none of the texts is next to has a share nevertheless, and evidence of nothing
+        shares = (np.bincount(nearest, minlength=count) + 1.0) / (len(sample) + count)
+        table = Evidence.fit(sample.ids.numpy(), nearest, shares, vocab_size, np.zeros(len(sample), bool)).table
     experts = router.cluster_expert[:count].cpu().numpy().copy()
-    return Identities(table.T.cpu().numpy().copy(), shares.cpu().numpy(), experts, np.zeros(count, np.int64))
+    return Identities(table.T.copy(), shares.astype(np.float32), experts, np.zeros(count, np.int64))
 
 
 def clearest_layers(fits: dict[Site, LayerFit], budget: int) -> dict[Site, LayerFit]:

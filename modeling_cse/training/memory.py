@@ -195,5 +195,7 @@ def _shapes(base: nn.Module) -> dict[str, list[int]]:
 
 def _routing_state(base: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers of all routers, by name."""
-    modules = base.routed_modules().items()
-    return {f"{site}.{name}": value for site, module in modules for name, value in module.router.named_buffers()}
+    routers = {str(site): module.router for site, module in base.routed_modules().items()}
+    if hasattr(base, "evidence_router"):
+        routers["evidence_router"] = base.evidence_router
+    return {f"{place}.{name}": value for place, router in routers.items() for name, value in router.named_buffers()}

@@ -70,12 +70,9 @@ def find_state(args: TrainingArguments, state: TrainerState, base: nn.Module) ->
             that the model has.
     """
     modules = base.routed_modules()
-    for site, module in modules.items():
-        flaw = module.router.flaw(module.num_experts)
-        if flaw is not None:
-            raise ValueError(
-                f"the weights of the checkpoint of step {state.global_step} were cut or edited: {site}.router.{flaw}."
-            )
+    flaw = base.routing_flaw()
+    if flaw is not None:
+        raise ValueError(f"the weights of the checkpoint of step {state.global_step} were cut or edited: {flaw}.")
     if state.global_step >= state.max_steps:
         logger.warning(
             f"the checkpoint is of step {state.global_step}, and training ends at {state.max_steps}: nothing is "

@@ -23,6 +23,8 @@ logger = logging.get_logger(__name__)
 
 # As many as `cse_layers=None` means.
 DEFAULT_BUDGET = 2
+# What a dense checkpoint lacks, as it stands in the names of parameters and buffers.
+NEW_PARTS = {"router", "experts", "evidence_router"}
 
 
 def _stock_heads() -> dict[str, tuple[type[PreTrainedModel], type[PreTrainedModel]]]:
@@ -208,7 +210,7 @@ def _with_experts(
         torch.manual_seed(seed)
         model = ours._from_config(config, dtype=dense.dtype, attn_implementation=implementation, **parts)
     keys = model.load_state_dict(dense.state_dict(), strict=False)
-    lost = [key for key in keys.missing_keys if ".router." not in key and ".experts." not in key]
+    lost = [key for key in keys.missing_keys if not NEW_PARTS & set(key.split("."))]
     if lost or keys.unexpected_keys:
         raise ValueError(
             f"checkpoint={type(dense).__name__} is not allowed: it lacks {lost} and has {keys.unexpected_keys}, "

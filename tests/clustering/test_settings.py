@@ -58,11 +58,12 @@ def test_a_number_of_clusters_is_refused_where_nothing_reads_it(algorithm):
             assert part in str(error.value)
 
 
-def test_given_labels_take_no_projection_and_are_not_found():
-    with pytest.raises(ValueError, match="projection=8 is not allowed with algorithm='given'"):
-        ClusterSettings("given", projection=8)
-    with pytest.raises(ValueError, match="algorithm='given' is not allowed here"):
-        find_clusters(torch.rand(9, 8).numpy(), "given", None, 0)
+@pytest.mark.parametrize("algorithm", ["given", "text"])
+def test_what_is_not_found_among_embeddings_takes_no_projection(algorithm):
+    with pytest.raises(ValueError, match=f"projection=8 is not allowed with algorithm='{algorithm}'"):
+        ClusterSettings(algorithm, projection=8)
+    with pytest.raises(ValueError, match=f"algorithm='{algorithm}' is not allowed here"):
+        find_clusters(torch.rand(9, 8).numpy(), algorithm, None, 0)
 
 
 @pytest.mark.parametrize("algorithm", CENTROID)
@@ -81,10 +82,11 @@ def test_the_default_is_kmeans_as_it_was():
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_defaults_follow_the_algorithm(algorithm):
-    settings = ClusterSettings(algorithm, 4 if algorithm in CENTROID else None)
+    counted = algorithm in (*CENTROID, "text")
+    settings = ClusterSettings(algorithm, 4 if counted else None)
     assert settings.density == (algorithm in DENSITY)
     assert settings.smallest_share == (0.02 if settings.density else None)
-    assert settings.cluster_range == ((4, 4) if algorithm in CENTROID else None)
+    assert settings.cluster_range == ((4, 4) if counted else None)
     assert settings.projected_width(768) == (32 if settings.density else None)
     assert settings.projected_width(32) is None and settings.projected_width(8) is None
 

@@ -93,6 +93,8 @@ def test_a_package_that_is_not_installed_is_said_so(tmp_path, monkeypatch):
         (config(), "generation with a cache"),
         (config(cse_routing="sequence"), "depend on later"),
         (config(MaskedFamilyConfig, cse_routing="sequence"), "need an attention mask"),
+        (config(cse_routing="evidence"), "those read so far"),
+        (config(MaskedFamilyConfig, cse_routing="evidence"), "whole text has to be in view"),
         (config(cse_routing="given"), "routed by the cluster that is passed with it"),
         (config(cse_layers=[]), "without experts: the dense model"),
     ],
@@ -177,7 +179,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-@pytest.mark.parametrize("routing", ["discriminant", "sequence", "given"])
+@pytest.mark.parametrize("routing", ["discriminant", "evidence", "sequence", "given"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_usage_block_runs_when_pasted(tmp_path, monkeypatch, capsys, masked, routing):
     if masked:

@@ -31,9 +31,12 @@ def python(*arguments: str, cwd: Path, home: Path | None = None, path: bool = Tr
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder a family, with the outputs that every other process must repeat."""
-    folder = tmp_path_factory.mktemp("saved")
+    return save(tmp_path_factory.mktemp("saved"))
+
+
+def save(folder: Path, **flags) -> Path:
     for family in FAMILIES:
-        model = activate(tiny_model(family))
+        model = activate(tiny_model(family, **flags))
         model.save_pretrained(folder / family)
         with torch.no_grad():
             outputs = model(token_ids(), output_cluster_ids=True)
@@ -101,6 +104,21 @@ def test_a_new_process_repeats_logits_and_clusters(saved):
 def test_custom_code_needs_no_package(saved, tmp_path):
     """Every head loads from one folder, repeats the logits, and carries its code on when it is saved again."""
     python("-c", f"{CHECK}\nFAMILIES = {FAMILIES}\n{WITHOUT_PACKAGE}", cwd=saved, home=tmp_path, path=False)
+
+
+EVIDENCE = """
+sys.modules["modeling_cse"] = None
+for family, auto in FAMILIES.items():
+    model = check(family, family, auto, trust_remote_code=True)
+    assert type(model.base_model.evidence_router).__module__.startswith("transformers_modules.")
+    if family == "gpt2":
+        assert model.generate(torch.tensor([[7, 8, 9]]), max_new_tokens=4, min_new_tokens=4).shape == (1, 7)
+"""
+
+
+def test_evidence_travels_too(tmp_path):
+    save(tmp_path, cse_routing="evidence")
+    python("-c", f"{CHECK}\nFAMILIES = {FAMILIES}\n{EVIDENCE}", cwd=tmp_path, home=tmp_path / "home", path=False)
 
 
 STOCK = "import transformers.models.gpt2.modeling_gpt2, transformers.models.bert.modeling_bert"

@@ -1,0 +1,94 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Promises of evidence: its table is what counts say, its sums agree, its temper is chosen on texts held out."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+from text_rows import VOCAB, texts
+
+from modeling_cse.clustering import Evidence
+from modeling_cse.clustering.evidence import PRIOR_SHARE, TEMPERS
+
+
+def fitted(own: float = 0.5, every: int = 5):
+    ids, domains = texts(count=160, own=own)
+    held = np.arange(len(ids)) % every == every - 1
+    return Evidence.fit(ids, domains, np.bincount(domains) / len(domains), VOCAB, held), ids, domains, held
+
+
+def test_the_table_is_what_counts_say():
+    """Two texts, three tokens of the vocabulary, by hand."""
+    ids = np.array([[0, 0, 1, -1], [1, 1, 1, 1]])
+    evidence = Evidence.fit(ids, np.array([0, 1]), np.array([0.5, 0.5]), 3, np.zeros(2, bool))
+    background = [3 / 10, 6 / 10, 1 / 10]  # seen 2, 5 and 0 times, one more of each
+    prior = PRIOR_SHARE * 7
+    for token in range(3):
+        for cluster, (count, total) in enumerate(zip(((2, 1, 0), (0, 4, 0)), (3, 4), strict=True)):
+            frequency = (count[token] + prior * background[token]) / (total + prior)
+            wanted = math.log(frequency / background[token])
+            assert evidence.table[token, cluster] == pytest.approx(wanted, rel=1e-5)
+    assert evidence.temper == 1 and evidence.table.dtype == np.float32
+
+
+def test_sums_and_whole_texts_agree():
+    evidence, ids, _, _ = fitted()
+    sums = evidence.sums(ids)
+    for row in (0, 7):
+        length = (ids[row] >= 0).sum()
+        for place in range(length):
+            wanted = evidence.table[ids[row, : place + 1]].astype(np.float64).sum(0)
+            np.testing.assert_allclose(sums[row, place], wanted, atol=1e-9)
+        np.testing.assert_array_equal(
+            sums[row, length - 1 :], np.broadcast_to(sums[row, length - 1], (21 - length, 3))
+        )
+    np.testing.assert_array_equal(evidence.clusters(ids)[:, -1], evidence.of_texts(ids))
+
+
+def test_texts_that_were_held_out_are_told():
+    evidence, ids, domains, held = fitted()
+    np.testing.assert_array_equal(evidence.of_texts(ids[held]), domains[held])
+    fresh, wanted = texts(seed=4)
+    np.testing.assert_array_equal(evidence.of_texts(fresh), wanted)
+
+
+def test_held_out_texts_do_not_enter_the_table():
+    ids, domains = texts()
+    held, shares = np.arange(64) % 5 == 4, np.bincount(domains) / 64
+    other = ids.copy()
+    other[held] = np.where(ids[held] >= 0, 98, -1)
+    first, second = (Evidence.fit(each, domains, shares, VOCAB, held) for each in (ids, other))
+    np.testing.assert_allclose(first.table / first.temper, second.table / second.temper, rtol=1e-6)
+
+
+def test_the_temper_is_the_likeliest_on_texts_held_out():
+    """Tokens that come eight times each are no eight witnesses."""
+    texts_once, domains = texts(count=160, own=0.15)
+    held, shares, tempers = np.arange(160) % 5 == 4, np.bincount(domains) / 160, []
+    for repeats in (1, 8):
+        ids = texts_once.repeat(repeats, axis=1)
+        evidence = Evidence.fit(ids, domains, shares, VOCAB, held)
+        sums, inside = evidence.sums(ids[held]) / evidence.temper, ids[held] >= 0
+        quality = []
+        for temper in TEMPERS:
+            posterior = log_softmax(temper * sums + np.log(shares), axis=-1)
+            right = np.stack([posterior[row, :, domain] for row, domain in enumerate(domains[held])])
+            quality.append(right[inside].mean())
+        assert evidence.temper == TEMPERS[int(np.argmax(quality))]
+        tempers.append(evidence.temper)
+    assert tempers[1] < tempers[0]
+
+
+def test_texts_of_no_cluster_teach_nothing():
+    ids, domains = texts()
+    some = np.where(np.arange(64) % 7 == 0, -1, domains)
+    shares, none = np.bincount(domains) / 64, np.zeros(64, bool)
+    whole = Evidence.fit(ids, some, shares, VOCAB, none)
+    part = Evidence.fit(ids[some >= 0], some[some >= 0], shares, VOCAB, none[some >= 0])
+    np.testing.assert_array_equal(whole.table, part.table)
+
+
+def test_without_clusters_no_text_has_one():
+    none = Evidence(np.zeros((VOCAB, 0), np.float32), np.zeros(0))
+    assert none.of_texts(texts()[0]).tolist() == [-1] * 64

@@ -1,0 +1,104 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Promises of a clustering that all sites share: owners keep their texts, however clusters are numbered."""
+
+import numpy as np
+import pytest
+from text_rows import VOCAB, texts
+
+from modeling_cse.clustering import ClusterSettings, Identities, fit_texts, held_out
+from modeling_cse.clustering.joint import LEAST_OVERLAP, match_texts
+
+
+def fit(ids, given=None, identities=None, num_experts: int = 4, **settings):
+    options = {"algorithm": "text", "num_clusters": 3, "common_share": 0.4, **settings}
+    if given is None:
+        given = np.full(len(ids), -1, np.int64)
+    identities = Identities.none(VOCAB) if identities is None else identities
+    sizes = {"vocab_size": VOCAB, "num_experts": num_experts, "max_clusters": 16}
+    return fit_texts(ids, given, held_out(len(ids)), ClusterSettings(**options), identities, **sizes)
+
+
+def expert_of_domains(found, domains) -> list[int]:
+    """The expert of each domain, -1 for the base."""
+    assert all(len(set(found.labels[domains == domain])) == 1 for domain in set(domains))
+    return [int(found.ownership.experts[found.labels[domains == domain][0]]) for domain in sorted(set(domains))]
+
+
+def test_the_largest_cluster_is_common_and_the_others_own_an_expert():
+    ids, domains = texts()
+    found = fit(ids)
+    experts = expert_of_domains(found, domains)
+    assert experts[0] == -1 and sorted(experts[1:]) == [0, 1] and sorted(found.ownership.filled) == [0, 1]
+    assert found.metrics["text_clarity"] > 1 and "churn" not in found.metrics
+    np.testing.assert_array_equal(found.evidence.of_texts(ids), found.labels)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_owners_stay_when_clusters_are_numbered_anew(seed):
+    ids, domains = texts()
+    first = fit(ids)
+    fresh, others = texts((2, 3, 3), seed=seed)
+    second = fit(fresh, identities=first.ownership.identities, seed=seed, common_share=0.0)
+    wanted = expert_of_domains(first, domains)
+    assert expert_of_domains(second, others)[1:] == wanted[1:]
+    assert 0 <= second.metrics["churn"] <= 1 and second.ownership.filled == [2]
+
+
+def test_the_same_texts_churn_nothing():
+    ids, _ = texts()
+    first = fit(ids)
+    assert fit(ids, identities=first.ownership.identities).metrics["churn"] == 0
+
+
+def test_shared_texts_match_clusters():
+    old = np.array([0] * 10 + [1] * 10 + [2] * 10)
+    new = np.array([2] * 10 + [0] * 10 + [1] * 10)
+    assert match_texts(old, 3, new, 3).tolist() == [1, 2, 0]
+    assert match_texts(old, 0, new, 3).tolist() == [-1, -1, -1]
+    assert match_texts(old, 3, np.where(new == 2, -1, new), 2).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("shared", [3, 4])
+def test_too_little_overlap_is_a_new_cluster(shared):
+    """Two clusters of ten with three texts in common share 3 of 17, with four 4 of 16."""
+    old = np.array([0] * 10 + [1] * (10 - shared))
+    new = np.array([1] * (10 - shared) + [0] * 10)
+    assert shared / (20 - shared) < LEAST_OVERLAP or shared == 4
+    assert match_texts(np.where(old == 1, 1, 0), 1, new, 1).tolist() == [-1 if shared == 3 else 0]
+
+
+def test_an_absent_cluster_is_waited_for_until_patience_ends():
+    ids, domains = texts()
+    first = fit(ids, patience=2)
+    rare = expert_of_domains(first, domains)[2]
+    without = fit(ids[domains < 2], identities=first.ownership.identities, num_clusters=2, patience=2)
+    assert without.ownership.absent == [rare] and not without.ownership.released
+    back = fit(ids, identities=without.ownership.identities, patience=2)
+    assert expert_of_domains(back, domains) == expert_of_domains(first, domains) and not back.ownership.filled
+    again = fit(ids[domains < 2], identities=without.ownership.identities, num_clusters=2, patience=2)
+    assert not again.ownership.absent and again.ownership.released == [rare]
+
+
+def test_labels_that_are_given_are_the_clusters():
+    ids, domains = texts()
+    given = np.where(np.arange(64) % 9 == 0, -1, domains)
+    found = fit(ids, given=given, algorithm="given", num_clusters=None)
+    np.testing.assert_array_equal(found.labels, given)
+    np.testing.assert_array_equal(found.evidence.of_texts(ids), domains)
+    assert found.ownership.experts[0] == -1
+
+
+@pytest.mark.parametrize("labels", [[-1] * 64, [0, 2] * 32, [17] * 64])
+def test_labels_with_gaps_or_none_are_refused(labels):
+    with pytest.raises(ValueError, match="given_clusters"):
+        fit(texts()[0], given=np.array(labels), algorithm="given", num_clusters=None)
+
+
+def test_every_text_of_a_cluster_may_be_held_out():
+    """It is fitted on them nevertheless."""
+    ids, _ = texts((1,), count=10)
+    other = np.where(ids >= 0, ids + 20, -1)
+    ids[4], ids[9] = other[4], other[9]
+    found = fit(ids, num_clusters=2, common_share=0.0)
+    assert found.evidence.of_texts(ids).tolist() == found.labels.tolist() and found.labels[4] == found.labels[9]
+    assert np.isfinite(found.evidence.table).all()
