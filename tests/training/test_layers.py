@@ -120,7 +120,11 @@ def test_labels_can_teach_a_causal_router(tmp_path):
     ("flags", "changes", "complaint"),
     [
         ({"cse_routing": "given"}, {}, "algorithm='kmeans' is not allowed with cse_routing='given'"),
-        ({}, {**GIVEN, "update": "recluster"}, "update='recluster' is not allowed with algorithm='given'"),
+        (
+            {"cse_routing": "given"},
+            {**GIVEN, "update": "recluster"},
+            "update='recluster' is not allowed with cse_routing='given'",
+        ),
     ],
 )
 def test_labels_and_settings_must_agree(tmp_path, flags, changes, complaint):
