@@ -25,10 +25,11 @@ class CSEHarnessLM(HFLM):
         config = self.config
         if config.model_type != "cse_gpt2":
             raise ValueError(f"model_type={config.model_type!r} is not allowed: --model cse is for 'cse_gpt2'.")
-        if config.cse_routing != "discriminant" and config.cse_layer_indices:
+        if config.cse_routing not in ("discriminant", "evidence") and config.cse_layer_indices:
             raise ValueError(
-                f"cse_routing={config.cse_routing!r} is not allowed in the harness: it must be 'discriminant'. "
-                "'sequence' would read the route of the question from the answer, and 'given' comes with no task."
+                f"cse_routing={config.cse_routing!r} is not allowed in the harness: it must be 'discriminant' or "
+                "'evidence'. 'sequence' would read the route of the question from the answer, and 'given' comes with "
+                "no task."
             )
 
 
