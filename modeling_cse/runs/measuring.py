@@ -1,6 +1,6 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""What a comparison measures of one seed: numbers of single sequences (`measured.npz`), and what is to be told of the
-clusters (`measured.json`)."""
+"""What a comparison measures of one seed: numbers of single sequences (`measured.safetensors`), and what is to be told
+of the clusters (`measured.json`)."""
 
 import json
 from collections.abc import Iterable
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
+from safetensors.numpy import load_file, save_file
 from sklearn.metrics import silhouette_samples
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
@@ -26,7 +27,7 @@ SAMPLE = 1024
 
 def measure(run: Pretraining, folder: Path) -> None:
     """
-    Measures both models of a finished run, and writes `measured.npz` and then `measured.json` into its folder.
+    Measures both models of a finished run, and writes `measured.safetensors` and then `measured.json` into its folder.
 
     The arrays: of the held-out sequences, in the order of the domains' names, `domains`, `tokens`, `dense` and `cse`
     (summed losses in nats), `clusters`, `agreement`; of a sample of the training sequences `sample_domains`,
@@ -42,31 +43,34 @@ def measure(run: Pretraining, folder: Path) -> None:
     found = sequence_clusters(models["cse"], _batches(run, sample))
     known = run.training_domains
     arrays = {
-        "domains": np.asarray(domains),
         "tokens": losses["cse"][1],
         **{name: nll for name, (nll, _) in losses.items()},
         "clusters": own.clusters,
         "agreement": own.agreement,
-        "sample_domains": np.asarray(["all"] * len(drawn) if known is None else [known[row] for row in drawn]),
         "sample_clusters": found.clusters,
         "sample_embeddings": found.embeddings,
         "centroids": found.centroids,
         "experts": found.experts,
     }
     facts = {
+        "domains": domains,
+        "sample_domains": ["all"] * len(drawn) if known is None else [known[row] for row in drawn],
         "clusters": _describe(run, sample, found),
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
         "active_parameters": _active(models["cse"]),
         **_logged(folder),
     }
-    replace_whole(folder / "measured.npz", lambda path: _save(path, arrays))
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    replace_whole(folder / "measured.safetensors", lambda path: save_file(arrays, path))
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
     replace_whole(folder / "measured.json", lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
 
 
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as file:  # a name would get another ending
-        np.savez(file, **arrays)
+def read_measured(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays, among them the names of the domains, and the facts that `measure` has written into a folder."""
+    facts = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+    names = {name: np.asarray(facts[name]) for name in ("domains", "sample_domains")}
+    return {**load_file(folder / "measured.safetensors"), **names}, facts
 
 
 def _batches(run: Pretraining, blocks: Dataset) -> Iterable[dict[str, torch.Tensor]]:

@@ -25,6 +25,7 @@ from ..analysis import (
 )
 from ..hub.cards import escape, one_line
 from .extract import Extract
+from .measuring import read_measured
 from .pretraining import RUNS
 
 
@@ -38,14 +39,13 @@ def write_page(folder: Path, extract: Extract, parts: list[Path], settings: dict
     Writes `page.md`, its pictures and `page.json` into the folder of a comparison, and prints the short of it.
 
     Args:
-        parts: folders of the seeds, each with `measured.npz` and `measured.json`.
+        parts: folders of the seeds, each with what `measure` writes.
         settings: of the comparison.
 
     Returns:
         What `page.json` holds.
     """
-    arrays = [dict(np.load(part / "measured.npz")) for part in parts]
-    facts = [json.loads((part / "measured.json").read_text(encoding="utf-8")) for part in parts]
+    arrays, facts = map(list, zip(*map(read_measured, parts), strict=True))
     gains = group_gains(arrays, with_domains=extract.domains is not None)
     agreement = float(np.mean([part["agreement"].mean() for part in arrays]))
     silhouettes = [clearest(fact["clusters"]) for fact in facts]

@@ -16,6 +16,7 @@ from tiny import tiny_config
 from modeling_cse.data import load_corpus
 from modeling_cse.runs import compare, comparison
 from modeling_cse.runs.extract import OTHER, make_extract
+from modeling_cse.runs.measuring import read_measured
 
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +109,7 @@ def test_what_is_done_is_not_done_again_and_more_seeds_may_come(with_domains, co
     more = compare(arguments(corpus, output, domain_column="domain", seeds=2))
     assert made == [1] and more["seeds"][0] == found["seeds"][0]
     assert "Student's t over 2 seeds" in (output / "page.md").read_text(encoding="utf-8")
-    losses = [np.load(output / f"seed_{seed}" / "measured.npz")["dense"] for seed in range(2)]
+    losses = [read_measured(output / f"seed_{seed}")[0]["dense"] for seed in range(2)]
     assert losses[0].shape == losses[1].shape and not np.allclose(*losses)  # the same text, other models
     with pytest.raises(ValueError, match=r"other settings of \['steps'\]"):
         compare(arguments(corpus, output, domain_column="domain", steps=15))
