@@ -201,9 +201,10 @@ class CSEGPT2ForCausalLM(CSEGPT2PreTrainedModel, GPT2LMHeadModel, GenerationMixi
         model_kwargs.pop("whole_prompt", None)
         return outputs
 
-    def prepare_inputs_for_generation(self, input_ids, *args, whole_prompt=None, **kwargs):
+    # `inputs_embeds` by name: upstream looks for it in the signature
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, whole_prompt=None, **kwargs):
         """As upstream. Under `cse_routing="evidence"` the routes of the new tokens are read from the whole text."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         if self._reads_evidence() and inputs.get("given_clusters") is None and input_ids.shape[1]:
             text = input_ids if whole_prompt is None else whole_prompt
             mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
