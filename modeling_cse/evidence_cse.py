@@ -10,10 +10,8 @@ named in routing_cse.py; V is the size of the vocabulary.
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import initialization as init
 
-from .routing_cse import SequenceScope
+from .routing_cse import RoutingState, SequenceScope
 
 
 # Evidence is a multiple of this many nats and within these bounds. It is added up in whole steps, int32 has room for
@@ -23,7 +21,7 @@ STEP = 2.0**-10
 LARGEST = 8.0
 
 
-class EvidenceRouter(nn.Module):
+class EvidenceRouter(RoutingState):
     """
     One a model, for all of its sites. Nothing here is learned by gradient: clustering writes the buffers.
 
@@ -36,32 +34,16 @@ class EvidenceRouter(nn.Module):
         super().__init__()
         self.causal = config.reads_left_to_right
         self.shape = (config.vocab_size, config.max_clusters)
-        for name, value in self.empty_state(*self.shape).items():
-            self.register_buffer(name, value)
+        self.register_state()
 
-    @staticmethod
-    def empty_state(tokens: int, clusters: int) -> dict[str, torch.Tensor]:
+    def empty_state(self) -> dict[str, torch.Tensor]:
         """The buffers of a router that holds no cluster."""
+        tokens, clusters = self.shape
         lowest = torch.finfo(torch.float32).min
         return {
             "evidence": torch.zeros(tokens, clusters, dtype=torch.float32),
             "log_shares": torch.full((clusters,), lowest, dtype=torch.float32),
         }
-
-    def reset_buffers(self) -> None:
-        """Fills every buffer that no checkpoint has filled."""
-        for name, value in self.empty_state(*self.shape).items():
-            init.copy_(getattr(self, name), value)
-
-    def _apply(self, fn, recurse=True):
-        # as `ClusterRouter`: only the device may change
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
 
     @torch.no_grad()
     def flaw(self) -> str | None:
@@ -100,7 +82,7 @@ class EvidenceRouter(nn.Module):
             )
         if not evidence.isfinite().all() or not (shares > 0).all():
             raise ValueError("evidence must be finite, and each of the shares above 0.")
-        state = self.empty_state(tokens, room)
+        state = self.empty_state()
         bounded = evidence.float().clamp(-LARGEST, LARGEST)
         state["evidence"][:, : evidence.shape[1]] = (bounded / STEP).round() * STEP
         state["log_shares"][: len(shares)] = (shares.double().log() / STEP).round().float() * STEP

@@ -115,7 +115,35 @@ class RoutingContext(NamedTuple):
         return {"routing_context": self} if said else {}
 
 
-class ClusterRouter(nn.Module):
+class RoutingState(nn.Module):
+    """A module whose whole state is persistent buffers that clustering writes: those of `empty_state()`."""
+
+    def empty_state(self) -> dict[str, torch.Tensor]:
+        raise NotImplementedError  # each kind of router has its own
+
+    def register_state(self) -> None:
+        """Makes the buffers, once `empty_state` can be asked."""
+        for name, value in self.empty_state().items():
+            self.register_buffer(name, value)
+
+    def reset_buffers(self) -> None:
+        """Fills every buffer that no checkpoint has filled. Models are built on the meta device, so that what
+        `__init__` computed is gone by then."""
+        for name, value in self.empty_state().items():
+            init.copy_(getattr(self, name), value)
+
+    def _apply(self, fn, recurse=True):
+        # `model.to(torch.bfloat16)` must not round the routing state: only the device may change.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class ClusterRouter(RoutingState):
     """
     Gives every token a cluster, and through it an expert or none. Nothing here is learned by gradient: clustering
     writes the buffers, the forward pass only reads them. Without clusters every token is common.
@@ -135,8 +163,7 @@ class ClusterRouter(nn.Module):
         self.radius_scaling = config.cse_radius_scaling
         self.hidden_size = config.hidden_size
         self.max_clusters = config.max_clusters
-        for name, value in self.empty_state().items():
-            self.register_buffer(name, value)
+        self.register_state()
 
     def empty_state(self) -> dict[str, torch.Tensor]:
         """The buffers of a router that holds no cluster."""
@@ -149,22 +176,6 @@ class ClusterRouter(nn.Module):
             "discriminant_bias": torch.zeros(rows, dtype=torch.float32),
             "cluster_expert": torch.full((rows,), -1, dtype=torch.int64),
         }
-
-    def reset_buffers(self) -> None:
-        """Fills every buffer that no checkpoint has filled. Models are built on the meta device, so that what
-        `__init__` computed is gone by then."""
-        for name, value in self.empty_state().items():
-            init.copy_(getattr(self, name), value)
-
-    def _apply(self, fn, recurse=True):
-        # `model.to(torch.bfloat16)` must not round the routing state: only the device may change.
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
 
     @property
     def num_clusters(self) -> int:
@@ -316,6 +327,7 @@ def warn_that_routes_see_the_future(model_name: str) -> None:
 __all__ = [
     "ClusterRouter",
     "RoutingContext",
+    "RoutingState",
     "SequenceScope",
     "sequence_means",
     "shapes_may_depend_on_data",
