@@ -11,6 +11,7 @@ from transformers import BertConfig, GPT2Config
 MODULES = ("attention", "ffn")
 COMBINES = ("replace", "add")
 ROUTINGS = ("discriminant", "evidence", "sequence", "given")
+GATES = ("hard", "posterior")
 
 # Rows of the fused expert tensors must start on 16-byte boundaries for the grouped matrix product, in bf16 too.
 WIDTH_MULTIPLE = 8
@@ -77,6 +78,11 @@ class CSEFlags:
             `"sequence"` (default of BERT): the whole sequence by its masked mean state. `"given"`: by
             `given_clusters` that come with the batch, for controls (random or oracle routing) and where domains are
             known.
+        cse_gate (`str`, *optional*):
+            `"hard"`: a token's expert is that of its likeliest cluster, and answers in full. `"posterior"`: it is the
+            one whose cluster is likeliest among those with an expert, and answers times that probability; below 0.1
+            not at all. With `"add"` only, and not with `"sequence"`, whose distances are no probabilities. Default:
+            `"posterior"` for `"evidence"` with `"add"`, otherwise `"hard"`.
         cse_radius_scaling (`bool`, defaults to `True`):
             `"sequence"` only: divide the distance to a centroid by the cluster's radius.
         cse_max_clusters (`int`, *optional*):
@@ -91,6 +97,7 @@ class CSEFlags:
     cse_num_experts: Any = 4
     cse_expert_size: Any = None
     cse_routing: Any = "discriminant"
+    cse_gate: Any = None
     cse_radius_scaling: Any = True
     cse_max_clusters: Any = None
     output_router_logits: Any = False
@@ -107,8 +114,8 @@ class CSEFlags:
         built, because `from_pretrained(..., flag=value)` sets flags on a finished config."""
         indices = self.cse_layer_indices
         self._require_subset("cse_modules", MODULES)
-        for flag, allowed in (("cse_combine", COMBINES), ("cse_routing", ROUTINGS)):
-            if not isinstance(getattr(self, flag), str) or getattr(self, flag) not in allowed:
+        for flag, allowed in (("cse_combine", COMBINES), ("cse_routing", ROUTINGS), ("cse_gate", (None, *GATES))):
+            if not isinstance(getattr(self, flag), str | None) or getattr(self, flag) not in allowed:
                 raise ValueError(f"{flag}={getattr(self, flag)!r} is not allowed: it must be one of {list(allowed)}.")
         for flag in ("cse_radius_scaling", "output_router_logits", "output_cluster_ids"):
             if not isinstance(getattr(self, flag), bool):
@@ -127,6 +134,11 @@ class CSEFlags:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not allowed in a model with cse_layers: it must be a multiple of "
                 f"{WIDTH_MULTIPLE}."
+            )
+        if self.cse_gate == "posterior" and (self.cse_combine != "add" or self.cse_routing == "sequence"):
+            raise ValueError(
+                f"cse_gate='posterior' is not allowed with cse_combine={self.cse_combine!r} and cse_routing="
+                f"{self.cse_routing!r}: it must be 'hard' unless cse_combine is 'add', and with 'sequence'."
             )
         self._validate_expert_size()
 
@@ -183,6 +195,13 @@ class CSEFlags:
         return -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
     @property
+    def gate(self) -> str:
+        """For how much an expert counts, default resolved."""
+        if self.cse_gate is not None:
+            return self.cse_gate
+        return "posterior" if self.cse_routing == "evidence" and self.cse_combine == "add" else "hard"
+
+    @property
     def max_clusters(self) -> int:
         """Clusters a router can hold, default resolved."""
         return max(16, 2 * self.cse_num_experts) if self.cse_max_clusters is None else self.cse_max_clusters
@@ -199,8 +218,8 @@ class CSEFlags:
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"update_str={update_str!r} is not allowed: {error}. It must be like 'n_embd=64,cse_num_experts=2'; "
-                "what is a list or None by default (cse_layers, cse_modules, cse_expert_size, cse_max_clusters) "
-                "belongs in a config file."
+                "what is a list or None by default (cse_layers, cse_modules, cse_expert_size, cse_gate, "
+                "cse_max_clusters) belongs in a config file."
             ) from error
         self.validate_cse_flags()
 

@@ -71,16 +71,22 @@ class RoutedTokens(NamedTuple):
     expert_ids: torch.Tensor  # (R,) int64 in [0, E), of the routed tokens; or (N,) in [0, E]
     routed: torch.Tensor | None = None  # (R,) int64, the tokens with an expert; None: experts see all tokens
     common: torch.Tensor | None = None  # (N - R,) int64, the others
+    weights: torch.Tensor | None = None  # (R,) or (N,) fp32, for how much the experts count; None: in full
 
     @classmethod
-    def of(cls, expert_ids: torch.Tensor, num_experts: int) -> "RoutedTokens":
-        """Reads the router's expert ids (B, T), -1 for none."""
-        expert_ids = expert_ids.flatten()
+    def of(cls, expert_ids: torch.Tensor, num_experts: int, weights: torch.Tensor | None = None) -> "RoutedTokens":
+        """Reads the router's expert ids (B, T), -1 for none, and their weights (B, T)."""
+        expert_ids, weights = expert_ids.flatten(), None if weights is None else weights.flatten()
         without = expert_ids < 0
         if not shapes_may_depend_on_data(expert_ids):
-            return cls(expert_ids.masked_fill(without, num_experts))
+            return cls(expert_ids.masked_fill(without, num_experts), weights=weights)
         routed = (~without).nonzero().squeeze(-1)
-        return cls(expert_ids.index_select(0, routed), routed, without.nonzero().squeeze(-1))
+        weights = None if weights is None else weights.index_select(0, routed)
+        return cls(expert_ids.index_select(0, routed), routed, without.nonzero().squeeze(-1), weights)
+
+    def weighted(self, answers: torch.Tensor) -> torch.Tensor:
+        """What experts answer (N, o), for as much as it counts."""
+        return answers if self.weights is None else answers * self.weights.unsqueeze(-1).to(answers.dtype)
 
 
 class RoutedModule:
@@ -124,7 +130,8 @@ class RoutedModule:
 
     def route_tokens(self, hidden_states: torch.Tensor, context: RoutingContext) -> RoutedTokens:
         """Routes (B, T, d) states."""
-        return RoutedTokens.of(self.router(hidden_states, context)[2], self.num_experts)
+        _, _, expert_ids, weights = self.router(hidden_states, context)
+        return RoutedTokens.of(expert_ids, self.num_experts, weights)
 
     def mix(self, states: torch.Tensor, tokens: RoutedTokens, base: Callable, answer: Callable) -> torch.Tensor:
         """
@@ -147,7 +154,7 @@ class RoutedModule:
         states, routed = hidden_states.flatten(0, 1), tokens.routed
         if not len(routed) and not self._experts_must_be_asked():
             return base(hidden_states)
-        answers = answer(states.index_select(0, routed))
+        answers = tokens.weighted(answer(states.index_select(0, routed)))
         if self.combine == "add" or not len(routed):
             output = base(hidden_states)
             return output.flatten(0, 1).index_add(0, routed, answers.to(output.dtype)).view_as(output)
@@ -161,7 +168,7 @@ class RoutedModule:
     def _mix_static(self, hidden_states, tokens, base, answer):
         """The same with shapes that do not depend on data. Experts pass over rows that are not theirs; the base
         answers for all, also those that an expert replaces: one plain product is what accelerators are best at."""
-        answers = answer(hidden_states.flatten(0, 1))
+        answers = tokens.weighted(answer(hidden_states.flatten(0, 1)))
         output = base(hidden_states)
         answers = answers.view(output.shape).to(output.dtype)
         if self.combine == "add":

@@ -2,10 +2,10 @@
 """
 Routes by evidence: what the tokens read so far say about the cluster of their text.
 
-Every token of the vocabulary carries a log-likelihood ratio for each cluster (naive Bayes over unigrams). A token's
-route is the cluster with the largest sum over the tokens of its text up to and including itself, plus the log share
-of the cluster. The sum depends on the text alone: not on how far the model is trained, nor on the layer. Shapes are
-named in routing_cse.py; V is the size of the vocabulary.
+Every token of the vocabulary carries a log-likelihood ratio for each cluster (naive Bayes over unigrams). They are
+added up over the tokens of a text up to and including each one, discounted by their number, and the log share of the
+cluster is added: the log-posterior of the text's cluster. It depends on the text alone: not on how far the model is
+trained, nor on the layer. Shapes are named in routing_cse.py; V is the size of the vocabulary.
 """
 
 import torch
@@ -19,6 +19,9 @@ from .routing_cse import RoutingState, SequenceScope
 # how a device sums.
 STEP = 2.0**-10
 LARGEST = 8.0
+# So many tokens count as independent witnesses. Of more, all that were read count as if by the root of their number:
+# a text repeats itself, and a plain sum would claim too much of long ones (docs/evidence/longtail.md).
+INDEPENDENT = 16
 
 
 class EvidenceRouter(RoutingState):
@@ -33,6 +36,7 @@ class EvidenceRouter(RoutingState):
     def __init__(self, config):
         super().__init__()
         self.causal = config.reads_left_to_right
+        self.gate = config.gate
         self.shape = (config.vocab_size, config.max_clusters)
         self.register_state()
 
@@ -107,8 +111,9 @@ class EvidenceRouter(RoutingState):
             position_ids: (B, T) or (T,); where they start again, another text begins.
 
         Returns:
-            The cluster of each token (B, T) int64, -1 while there are no clusters: by the tokens up to it in a causal
-            model, by all of its text otherwise.
+            By the tokens up to each one in a causal model, by all of its text otherwise, what `given_clusters` takes:
+            the likeliest cluster (B, T) int64, -1 while there are none (`cse_gate="hard"`); or the probability of
+            each cluster (B, T, C) fp32, all 0 while there are none (`"posterior"`).
 
         Raises:
             ValueError: the mask is of another shape.
@@ -121,11 +126,16 @@ class EvidenceRouter(RoutingState):
                 f"beginning: it must be ({batch}, {length}), as input_ids are."
             )
         steps = (F.embedding(input_ids, self.evidence) / STEP).int()
+        steps = F.pad(steps, (0, 1), value=1)  # the last column counts tokens
         if scope.mask is not None:
             steps = steps * scope.mask.unsqueeze(-1)
         sums = self._sums_so_far(steps, scope) if self.causal else self._sums_of_texts(steps, scope)
-        clusters = (sums.float() * STEP + self.log_shares).argmax(-1)
+        sums, tokens = sums[..., :-1].float() * STEP, sums[..., -1:].float()
+        scores = sums / (1.0 + tokens / INDEPENDENT).sqrt() + self.log_shares
         in_use = self.log_shares > torch.finfo(torch.float32).min
+        if self.gate == "posterior":
+            return scores.masked_fill(~in_use, torch.finfo(torch.float32).min).softmax(-1) * in_use
+        clusters = scores.argmax(-1)
         return torch.where(in_use[clusters], clusters, -1)
 
     @staticmethod

@@ -213,14 +213,15 @@ class CSEBaseMixin:
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        The cluster of every token by the evidence of its text (`cse_routing="evidence"`). Where a cache holds the
-        beginning of a text, its last columns are the `given_clusters` of the tokens that are new.
+        The cluster of every token by the evidence of its text (`cse_routing="evidence"`), in the form that
+        `given_clusters` takes. Where a cache holds the beginning of a text, its last columns are those of the tokens
+        that are new.
 
         Args:
             input_ids: (B, T) whole texts. `attention_mask`, `position_ids`: as in `forward`.
 
         Returns:
-            (B, T) int64, -1 while there are no clusters.
+            (B, T) int64 or (B, T, C) fp32, see `EvidenceRouter.forward`.
 
         Raises:
             ValueError: another routing.

@@ -18,6 +18,10 @@ from transformers.utils.generic import maybe_autocast
 
 logger = logging.get_logger(__name__)
 
+# Under `cse_gate="posterior"` an expert that would count for less is not asked: it would cost as much as one that
+# counts in full.
+LEAST_WEIGHT = 0.1
+
 
 def shapes_may_depend_on_data(tensor: torch.Tensor) -> bool:
     """Whether routes may decide how large a tensor is. On a CPU they are read for nothing; an accelerator would have
@@ -88,7 +92,8 @@ class RoutingContext(NamedTuple):
     """What a forward pass tells its routers besides the states. It is an argument of every block with experts."""
 
     scope: SequenceScope = SequenceScope()
-    given_clusters: torch.Tensor | None = None  # (B,) or (B, T) int64, -1 for none: clusters that come with the batch
+    # Clusters that come with the batch: (B,) or (B, T) int64, -1 for none; or the chance of each, (B, T, C) float.
+    given_clusters: torch.Tensor | None = None
     # Routes by router, while activations are checkpointed: a block that is computed again in the backward pass takes
     # the same way, whatever its rounding (transformers issue 47467: a route that flips there is a silent NaN).
     routes: dict | None = None
@@ -104,7 +109,11 @@ class RoutingContext(NamedTuple):
         sequence = model.config.cse_routing == "sequence"
         scope = SequenceScope.of(attention_mask, position_ids) if sequence else SequenceScope()
         if given_clusters is not None and given_clusters.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"given_clusters of dtype {given_clusters.dtype} is not allowed: it must be int64 or 32.")
+            if not given_clusters.is_floating_point() or model.config.gate != "posterior":
+                raise ValueError(
+                    f"given_clusters of dtype {given_clusters.dtype} is not allowed with cse_gate="
+                    f"{model.config.gate!r}: it must be int64 or 32, or with 'posterior' floating too."
+                )
         recomputed = model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return cls(scope, given_clusters, {} if recomputed and model.is_activation_checkpointing else None)
 
@@ -160,6 +169,7 @@ class ClusterRouter(RoutingState):
         super().__init__()
         self.config = config
         self.routing = config.cse_routing
+        self.gate = config.gate
         self.radius_scaling = config.cse_radius_scaling
         self.hidden_size = config.hidden_size
         self.max_clusters = config.max_clusters
@@ -231,7 +241,7 @@ class ClusterRouter(RoutingState):
     @torch.no_grad()
     def forward(
         self, hidden_states: torch.Tensor, context: RoutingContext = RoutingContext()
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """
         Args:
             hidden_states: (B, T, d) states that enter the module, any float dtype.
@@ -239,7 +249,8 @@ class ClusterRouter(RoutingState):
 
         Returns:
             Router logits (B * T, C) fp32 as mixture-of-experts models report them (unused clusters at the lowest
-            float), cluster ids (B, T) int64 (-1 while there are no clusters), expert ids (B, T) int64 (-1: none).
+            float); cluster ids (B, T) int64, of the expert that answers or else the likeliest (-1 while there are no
+            clusters); expert ids (B, T) int64 (-1: none); for how much each expert counts (B, T) fp32, None: in full.
 
         Raises:
             ValueError: `"given"` routes without fitting labels.
@@ -252,21 +263,32 @@ class ClusterRouter(RoutingState):
 
     def _route(self, hidden_states, context):
         told = self.routing in ("given", "evidence")
-        labels = self._labels(context.given_clusters, hidden_states) if told else None
+        given = self._given(context.given_clusters, hidden_states) if told else None
         if shapes_may_depend_on_data(hidden_states) and not self.cluster_sizes.any():
             return self._without_clusters(hidden_states)
-        logits, index = self._scores(hidden_states, context.scope, labels)
-        nearest = logits.argmax(-1)
-        known = self.cluster_sizes[nearest] > 0
-        if labels is not None:
-            known = known & (nearest == labels)
-        cluster_ids = torch.where(known, nearest, -1)
-        expert_ids = torch.where(known, self.cluster_expert[nearest], -1)
+        logits, index = self._scores(hidden_states, context.scope, given)
+        cluster_ids = logits.argmax(-1)
+        known = (self.cluster_sizes > 0)[cluster_ids]
+        if given is not None:  # whoever is told nothing has no logit above the lowest
+            known = known & (logits.amax(-1) > torch.finfo(torch.float32).min)
+        weights = None
+        if self.gate == "posterior":
+            weights, owners = self._likeliest_owners(logits)
+            known_owner = known & (weights >= LEAST_WEIGHT)
+            cluster_ids = torch.where(known_owner, owners, cluster_ids)
+            expert_ids = torch.where(known_owner, self.cluster_expert[owners], -1)
+        else:
+            expert_ids = torch.where(known, self.cluster_expert[cluster_ids], -1)
+        cluster_ids = torch.where(known, cluster_ids, -1)
         if index is not None:
             logits, cluster_ids, expert_ids = logits[index], cluster_ids[index], expert_ids[index]
-        return logits.flatten(0, 1), cluster_ids, expert_ids
+        return logits.flatten(0, 1), cluster_ids, expert_ids, weights
 
-    def _scores(self, hidden_states, scope, labels) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _likeliest_owners(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the clusters with an expert the likeliest one: its probability (B, T) fp32, and which it is (B, T)."""
+        return logits.softmax(-1).masked_fill(self.cluster_expert < 0, 0.0).max(-1)
+
+    def _scores(self, hidden_states, scope, given) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scores of tokens (B, T, C); or of sequences (S, C), with the row that each token belongs to (B, T)."""
         lowest = torch.finfo(torch.float32).min
         unused = self.cluster_sizes == 0
@@ -278,7 +300,9 @@ class ClusterRouter(RoutingState):
             if self.routing == "sequence":
                 means, _, index = sequence_means(hidden_states, scope)
                 return self.nearness(means).masked_fill(unused, lowest), index
-        others = labels.unsqueeze(-1) != torch.arange(self.max_clusters, device=labels.device)
+        if given.is_floating_point():
+            return given.log().masked_fill((given <= 0) | unused, lowest), None
+        others = given.unsqueeze(-1) != torch.arange(self.max_clusters, device=given.device)
         return (others | unused) * lowest, None
 
     def _without_clusters(self, hidden_states):
@@ -286,11 +310,18 @@ class ClusterRouter(RoutingState):
         shape = hidden_states.shape[:2]
         none = torch.full(shape, -1, device=hidden_states.device)
         lowest = hidden_states.new_full((1, 1), torch.finfo(torch.float32).min, dtype=torch.float32)
-        return lowest.expand(shape.numel(), self.max_clusters), none, none
+        return lowest.expand(shape.numel(), self.max_clusters), none, none, None
 
-    def _labels(self, labels: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Labels of all tokens, (B, T) int64."""
+    def _given(self, labels: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What all tokens are told: labels (B, T) int64, or probabilities (B, T, C) fp32."""
         batch, length = hidden_states.shape[:2]
+        if labels is not None and labels.is_floating_point():
+            if labels.shape != (batch, length, self.max_clusters):
+                raise ValueError(
+                    f"given_clusters of shape {tuple(labels.shape)} and floating type is not allowed: it must be "
+                    f"({batch}, {length}, cse_max_clusters={self.max_clusters}), a probability for each cluster."
+                )
+            return labels.float().to(hidden_states.device)
         if labels is None:
             raise ValueError(
                 "given_clusters=None is not allowed with cse_routing='given': pass the cluster of each sequence (B,) "

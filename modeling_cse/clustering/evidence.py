@@ -7,15 +7,15 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.special import log_softmax
 
+from ..evidence_cse import INDEPENDENT
 from .texts import count_tokens
 
 
 # A cluster's token frequencies start as if it had read this share of the sample's tokens, at the frequencies of the
 # whole sample: what is rare in a small cluster must not look like proof.
-PRIOR_SHARE = 0.004
-# Tokens of a text are not independent, so that the sum over them claims too much by this factor; chosen on held-out
-# texts.
-TEMPERS = (1.0, 0.5, 0.25, 0.125, 0.0625)
+SMOOTHINGS = (0.004, 0.02, 0.1)
+# Factors on all evidence: tokens that lie next to each other are not independent either.
+TEMPERS = (2.0, 1.0, 0.5, 0.25, 0.125)
 
 
 @dataclass
@@ -26,11 +26,13 @@ class Evidence:
     Fields:
         table (V, K) float32: log p(token | cluster) - log p(token) in nats, times the temper.
         shares (K,) float64: of the texts in each cluster.
+        smoothing: share of the sample's tokens that each cluster is given beforehand, one of `SMOOTHINGS`.
         temper: factor on every log-likelihood ratio, one of `TEMPERS`.
     """
 
     table: np.ndarray
     shares: np.ndarray
+    smoothing: float = SMOOTHINGS[0]
     temper: float = 1.0
 
     @classmethod
@@ -38,49 +40,63 @@ class Evidence:
         cls, ids: np.ndarray, labels: np.ndarray, shares: np.ndarray, vocab_size: int, held: np.ndarray
     ) -> "Evidence":
         """
+        Smoothing and temper are those that make the clusters of held-out texts likeliest, from every token on.
+
         Args:
             ids: (N, L) token ids, -1 behind the end of a text.
             labels: (N,) cluster of each text, -1 for none; every cluster has a text that is not held out.
             shares: (K,) share of each cluster.
             vocab_size: V.
-            held: (N,) bool, texts that only choose the temper. With none of them it is 1.
+            held: (N,) bool, texts that only choose. With none of them it is the first smoothing, and a temper of 1.
         """
         fitted = ~held & (labels >= 0)
-        whole = cls(_ratios(count_tokens(ids[fitted], vocab_size), labels[fitted], len(shares)), shares)
+        counts, of_counts = count_tokens(ids[fitted], vocab_size), labels[fitted]
         held = held & (labels >= 0)
         if not held.any():
-            return whole
-        sums = whole.sums(ids[held])
-        quality = [_log_likelihood(temper * sums + np.log(shares), ids[held], labels[held]) for temper in TEMPERS]
-        temper = TEMPERS[int(np.argmax(quality))]
-        return cls(whole.table * np.float32(temper), shares, temper)
+            return cls(log_ratios(counts, of_counts, len(shares), SMOOTHINGS[0]), shares)
+        best, likeliest = None, -np.inf
+        for smoothing in SMOOTHINGS:
+            whole = cls(log_ratios(counts, of_counts, len(shares), smoothing), shares, smoothing)
+            sums = whole.sums(ids[held])
+            for temper in TEMPERS:
+                likelihood = _log_likelihood(temper * sums + np.log(shares), ids[held], labels[held])
+                if likelihood > likeliest:
+                    best, likeliest = cls(whole.table * np.float32(temper), shares, smoothing, temper), likelihood
+        return best
 
     def sums(self, ids: np.ndarray) -> np.ndarray:
-        """Evidence of all tokens up to each one, (N, L, K) float64."""
-        return np.where((ids >= 0)[..., None], self.table[ids], 0.0).cumsum(axis=1, dtype=np.float64)
+        """Evidence of all tokens up to each one, discounted by their number: (N, L, K) float64."""
+        inside = ids >= 0
+        sums = np.where(inside[..., None], self.table[ids], 0.0).cumsum(axis=1, dtype=np.float64)
+        return sums * _discount(inside.cumsum(axis=1))[..., None]
 
     def of_texts(self, ids: np.ndarray) -> np.ndarray:
         """The cluster of each whole text, (N,) int64; -1 where there is none."""
         if not len(self.shares):
             return np.full(len(ids), -1, np.int64)
         sums = count_tokens(ids, len(self.table)) @ self.table.astype(np.float64)
-        return (sums + np.log(self.shares)).argmax(axis=1)
+        return (sums * _discount((ids >= 0).sum(axis=1))[:, None] + np.log(self.shares)).argmax(axis=1)
 
     def clusters(self, ids: np.ndarray) -> np.ndarray:
         """The cluster of each token by what was read up to it, (N, L) int64."""
         return (self.sums(ids) + np.log(self.shares)).argmax(axis=-1)
 
 
-def _ratios(counts: csr_matrix, labels: np.ndarray, clusters: int) -> np.ndarray:
+def log_ratios(counts: csr_matrix, labels: np.ndarray, clusters: int, smoothing: float) -> np.ndarray:
+    """log p(token | cluster) - log p(token), (V, K) float32, of counts (N, V) of texts with labels (N,)."""
     total = np.asarray(counts.sum(axis=0))[0]
     background = (total + 1.0) / (total + 1.0).sum()
-    prior = PRIOR_SHARE * total.sum()
+    prior = smoothing * total.sum()
     table = np.empty((counts.shape[1], clusters), np.float32)
     for label in range(clusters):
         own = np.asarray(counts[labels == label].sum(axis=0))[0]
         frequency = (own + prior * background) / (own.sum() + prior)
         table[:, label] = np.log(frequency / background)
     return table
+
+
+def _discount(tokens: np.ndarray) -> np.ndarray:
+    return 1.0 / np.sqrt(1.0 + tokens / INDEPENDENT)
 
 
 def _log_likelihood(scores: np.ndarray, ids: np.ndarray, labels: np.ndarray) -> float:

@@ -84,7 +84,11 @@ def fit_texts(
         matched=match_texts(before.of_texts(ids), len(identities), labels, len(clustering)),
     )
     fit = JointFit(labels, clustering, ownership, evidence)
-    fit.metrics = {"text_clarity": clustering.clarity, "temper": evidence.temper}
+    fit.metrics = {
+        "text_clarity": clustering.clarity,
+        "smoothing": evidence.smoothing,
+        "temper": evidence.temper,
+    }
     if clustering.silhouette is not None:
         fit.metrics["silhouette"] = clustering.silhouette
     if len(identities):

@@ -42,6 +42,7 @@ class ModelArguments:
     cse_num_experts: int | None = _flag(None, "Expert slots a layer; default: as the config says.")
     cse_expert_size: int | None = _flag(None, "Width of an expert; default: as the config says.")
     cse_routing: str | None = _flag(None, "discriminant, evidence or sequence; default: as the config says.")
+    cse_gate: str | None = _flag(None, "hard or posterior; default: as the config says.")
     cse_max_clusters: int | None = _flag(None, "Clusters a router can hold; default: as the config says.")
 
     def __post_init__(self):

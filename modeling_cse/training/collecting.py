@@ -174,7 +174,8 @@ class FeatureCollector:
         if not self.enabled or (self.training_only and not self.base.training):
             return
         self._scope = SequenceScope.of(attention_mask, position_ids)
-        self._labels = given_clusters
+        soft = given_clusters is not None and given_clusters.is_floating_point()
+        self._labels = given_clusters.argmax(-1) if soft else given_clusters
         if self.with_ids and input_ids is None:
             raise ValueError("inputs_embeds is not allowed where texts are clustered by their tokens: pass input_ids.")
         self._ids = input_ids if self.with_ids else None

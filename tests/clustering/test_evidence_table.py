@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""Promises of evidence: its table is what counts say, its sums agree, its temper is chosen on texts held out."""
+"""Promises of evidence: its table is what counts say, its sums agree, smoothing and temper suit texts held out."""
 
 import math
 
@@ -9,7 +9,7 @@ from scipy.special import log_softmax
 from text_rows import VOCAB, texts
 
 from modeling_cse.clustering import Evidence
-from modeling_cse.clustering.evidence import PRIOR_SHARE, TEMPERS
+from modeling_cse.clustering.evidence import SMOOTHINGS, TEMPERS
 
 
 def fitted(own: float = 0.5, every: int = 5):
@@ -23,13 +23,13 @@ def test_the_table_is_what_counts_say():
     ids = np.array([[0, 0, 1, -1], [1, 1, 1, 1]])
     evidence = Evidence.fit(ids, np.array([0, 1]), np.array([0.5, 0.5]), 3, np.zeros(2, bool))
     background = [3 / 10, 6 / 10, 1 / 10]  # seen 2, 5 and 0 times, one more of each
-    prior = PRIOR_SHARE * 7
+    prior = SMOOTHINGS[0] * 7
     for token in range(3):
         for cluster, (count, total) in enumerate(zip(((2, 1, 0), (0, 4, 0)), (3, 4), strict=True)):
             frequency = (count[token] + prior * background[token]) / (total + prior)
             wanted = math.log(frequency / background[token])
             assert evidence.table[token, cluster] == pytest.approx(wanted, rel=1e-5)
-    assert evidence.temper == 1 and evidence.table.dtype == np.float32
+    assert (evidence.smoothing, evidence.temper) == (SMOOTHINGS[0], 1) and evidence.table.dtype == np.float32
 
 
 def test_sums_and_whole_texts_agree():
@@ -39,6 +39,7 @@ def test_sums_and_whole_texts_agree():
         length = (ids[row] >= 0).sum()
         for place in range(length):
             wanted = evidence.table[ids[row, : place + 1]].astype(np.float64).sum(0)
+            wanted /= math.sqrt(1 + (place + 1) / 16)
             np.testing.assert_allclose(sums[row, place], wanted, atol=1e-9)
         np.testing.assert_array_equal(
             sums[row, length - 1 :], np.broadcast_to(sums[row, length - 1], (21 - length, 3))
@@ -53,7 +54,9 @@ def test_texts_that_were_held_out_are_told():
     np.testing.assert_array_equal(evidence.of_texts(fresh), wanted)
 
 
-def test_held_out_texts_do_not_enter_the_table():
+def test_held_out_texts_do_not_enter_the_table(monkeypatch):
+    """They only choose."""
+    monkeypatch.setattr("modeling_cse.clustering.evidence.SMOOTHINGS", SMOOTHINGS[:1])
     ids, domains = texts()
     held, shares = np.arange(64) % 5 == 4, np.bincount(domains) / 64
     other = ids.copy()
@@ -62,21 +65,30 @@ def test_held_out_texts_do_not_enter_the_table():
     np.testing.assert_allclose(first.table / first.temper, second.table / second.temper, rtol=1e-6)
 
 
-def test_the_temper_is_the_likeliest_on_texts_held_out():
+def log_likelihood(evidence: Evidence, ids: np.ndarray, domains: np.ndarray) -> float:
+    posterior = log_softmax(evidence.sums(ids) + np.log(evidence.shares), axis=-1)
+    right = np.stack([posterior[row, :, domain] for row, domain in enumerate(domains)])
+    return right[ids >= 0].mean()
+
+
+def test_smoothing_and_temper_are_the_likeliest_on_texts_held_out(monkeypatch):
     """Tokens that come eight times each are no eight witnesses."""
     texts_once, domains = texts(count=160, own=0.15)
-    held, shares, tempers = np.arange(160) % 5 == 4, np.bincount(domains) / 160, []
+    shares, held, tempers = np.bincount(domains) / 160, np.arange(160) % 5 == 4, []
     for repeats in (1, 8):
         ids = texts_once.repeat(repeats, axis=1)
-        evidence = Evidence.fit(ids, domains, shares, VOCAB, held)
-        sums, inside = evidence.sums(ids[held]) / evidence.temper, ids[held] >= 0
-        quality = []
-        for temper in TEMPERS:
-            posterior = log_softmax(temper * sums + np.log(shares), axis=-1)
-            right = np.stack([posterior[row, :, domain] for row, domain in enumerate(domains[held])])
-            quality.append(right[inside].mean())
-        assert evidence.temper == TEMPERS[int(np.argmax(quality))]
-        tempers.append(evidence.temper)
+        chosen = Evidence.fit(ids, domains, shares, VOCAB, held)
+        found = {}
+        for smoothing in SMOOTHINGS:
+            for temper in TEMPERS:
+                with monkeypatch.context() as only:
+                    only.setattr("modeling_cse.clustering.evidence.SMOOTHINGS", (smoothing,))
+                    only.setattr("modeling_cse.clustering.evidence.TEMPERS", (temper,))
+                    one = Evidence.fit(ids, domains, shares, VOCAB, held)
+                assert (one.smoothing, one.temper) == (smoothing, temper)
+                found[smoothing, temper] = log_likelihood(one, ids[held], domains[held])
+        assert (chosen.smoothing, chosen.temper) == max(found, key=found.get)
+        tempers.append(chosen.temper)
     assert tempers[1] < tempers[0]
 
 

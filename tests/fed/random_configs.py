@@ -75,6 +75,7 @@ WRONG_FLAGS = {
     "cse_modules": [*NOT_A_LIST, None, [], "ffn", ["head"], ["ffn", "ffn"], [["ffn"]], [None], np.array(["ffn"])],
     "cse_combine": ["sum", "", None, 1, True, ["add"], ("add",), {"add"}, np.array(["add", "add"])],
     "cse_routing": ["token", "", None, 0, False, ["given"], {"given": 1}],
+    "cse_gate": ["soft", "", 1, True, ["hard"], {"posterior": 1}],
     "cse_num_experts": [*NOT_A_COUNT, None, 1024],
     "cse_expert_size": [*NOT_A_COUNT[:-4], 2**70, np.int64(64), 4, 12, 68],
     "cse_max_clusters": NOT_A_COUNT,
@@ -86,7 +87,7 @@ FLAGS = {
     "cse_modules": [["ffn"], ["attention"], ["attention", "ffn"], ("ffn", "attention")],
     "cse_combine": ["replace", "add"],
     "cse_num_experts": [4, 1, 2, 5, 17],
-    "cse_routing": ["discriminant", "sequence", "given"],
+    "cse_routing": ["discriminant", "evidence", "sequence", "given"],
     "cse_radius_scaling": [True, False],
     "cse_max_clusters": [None, 1, 2, 5, 17, 40],
     "output_router_logits": [False, True],
@@ -144,6 +145,8 @@ def random_configs(draw) -> RandomConfig:
     family = draw(FAMILIES)
     stock = {name: draw(st.sampled_from(right)) for name, (right, _) in FIELDS[family].items()}
     flags = {name: draw(st.sampled_from(right)) for name, right in FLAGS.items()}
+    probable = flags["cse_combine"] == "add" and flags["cse_routing"] != "sequence"
+    flags["cse_gate"] = draw(st.sampled_from([None, "hard", "posterior"] if probable else [None, "hard"]))
     depth = stock["n_layer" if family == "gpt2" else "num_hidden_layers"]
     inner = stock["n_inner" if family == "gpt2" else "intermediate_size"]
     base = 4 * stock["n_embd"] if inner is None else inner

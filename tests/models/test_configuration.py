@@ -57,6 +57,8 @@ WRONG = [
     ("cse_max_clusters", "16", "int >= 1"),
     ("cse_max_clusters", 16.0, "int >= 1"),
     ("cse_max_clusters", 2**50, "at most 65536"),
+    ("cse_gate", "soft", "one of"),
+    ("cse_gate", ["hard"], "one of"),
     ("cse_radius_scaling", "yes", "bool"),
     ("cse_radius_scaling", 1, "bool"),
     ("cse_radius_scaling", None, "bool"),
@@ -108,10 +110,11 @@ def test_override_is_checked_when_a_model_is_loaded(family, tmp_path):
 
 
 def test_flags_survive_saving(family, routing, tmp_path):
-    tiny_config(family, cse_routing=routing, **CHANGED).save_pretrained(tmp_path)
+    changed = CHANGED if routing == "sequence" else {**CHANGED, "cse_gate": "posterior"}
+    tiny_config(family, cse_routing=routing, **changed).save_pretrained(tmp_path)
     for loaded in (CONFIGS[family].from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert type(loaded) is CONFIGS[family]
-        assert {flag: getattr(loaded, flag) for flag in CHANGED} == CHANGED
+        assert {flag: getattr(loaded, flag) for flag in changed} == changed
         assert loaded.cse_routing == routing
 
 
@@ -126,7 +129,7 @@ def test_defaults_are_those_of_the_paper_and_the_family(family):
     assert config.cse_layers is None and config.cse_layer_indices == [1, 2]
     assert config.cse_modules == ["ffn"] and config.cse_combine == "replace" and config.cse_radius_scaling is True
     assert config.cse_routing == {"gpt2": "discriminant", "bert": "sequence"}[family]
-    assert config.cse_num_experts == 4 and config.max_clusters == 16
+    assert config.cse_num_experts == 4 and config.max_clusters == 16 and config.cse_gate is None
     assert not config.output_router_logits and not config.output_cluster_ids
     assert config.model_type == {"gpt2": "cse_gpt2", "bert": "cse_bert"}[family]
     assert CONFIGS[family]().cse_layer_indices == [10, 11]

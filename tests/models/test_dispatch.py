@@ -149,7 +149,7 @@ def test_without_clusters_a_router_computes_nothing(family, head, routing, modul
     batch = labelled(family, head)
     for each in routed_modules(model).values():
         with CountOperators() as counter:
-            logits, clusters, experts = each.router(torch.ones(2, 3, 32), RoutingContext())
+            logits, clusters, experts, _ = each.router(torch.ones(2, 3, 32), RoutingContext())
         assert not [name for name in counter.calls if "mm" in name or "cdist" in name or "linear" in name]
         assert logits.shape == (6, each.router.max_clusters) and (logits == torch.finfo(torch.float32).min).all()
         assert (clusters == -1).all() and (experts == -1).all() and clusters.shape == experts.shape == (2, 3)
