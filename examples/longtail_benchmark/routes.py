@@ -1,0 +1,169 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Do clusters of texts and evidence find the domains of a corpus? Token counts alone, without a model, in minutes.
+
+    python examples/longtail_benchmark/routes.py --output benchmarks/results/longtail_routes.json
+
+A sample of training blocks is clustered and evidence fitted as in training; routes are then read on the validation
+blocks, of which neither has seen anything. Of each long-tail domain:
+
+- found: share of its tokens that go to experts of which it has the largest part;
+- purity: its part of all tokens that these experts get, at the shares of the corpus.
+
+`rules` compares, on one sample, ways to read a posterior from the sum of the evidence, each with the smoothing and
+temper that make held-out texts likeliest; `samples` the library's way over sample sizes and numbers of clusters.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from corpus import Corpus
+from scipy.special import log_softmax
+
+from modeling_cse.clustering import ClusterSettings, Identities, fit_texts, held_out
+from modeling_cse.clustering.evidence import SMOOTHINGS, TEMPERS, log_ratios
+from modeling_cse.clustering.texts import count_tokens
+from modeling_cse.evidence_cse import INDEPENDENT
+
+
+POSITIONS = ((0, 8), (8, 32), (32, 128), (128, None))
+GENERAL = "general"
+SLOTS = 32  # as many as there can be clusters
+RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "sum": lambda tokens: np.ones(len(tokens)),
+    f"sum over root of 1 + n / {INDEPENDENT}": lambda tokens: 1 / np.sqrt(1 + tokens / INDEPENDENT),
+    f"sum over 1 + n / {INDEPENDENT}": lambda tokens: 1 / (1 + tokens / INDEPENDENT),
+}
+
+
+def ids_and_domains(blocks) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (N, T) and the domain of each block (N,)."""
+    blocks = blocks.with_format("numpy")
+    return np.stack(blocks["input_ids"]).astype(np.int64), np.asarray(blocks["domain"])
+
+
+def quality(experts: np.ndarray, domains: np.ndarray, shares: dict[str, float]) -> dict:
+    """
+    Args:
+        experts: (N, T) the expert of each token, -1 for none.
+        domains: (N,) of the blocks.
+        shares: of the domains in the corpus.
+    """
+    names = [GENERAL, *(name for name in shares if name != GENERAL)]
+    own = {name: experts[domains == name] for name in names}
+    counts = np.stack([np.bincount(own[name].ravel() + 1, minlength=SLOTS + 1) / own[name].size for name in names])
+    weighted = counts[:, 1:] * np.array([shares[name] for name in names])[:, None]
+    owner = np.where(weighted.sum(0) > 0, weighted.argmax(0), -1)
+    found = {}
+    for index, name in enumerate(names[1:], start=1):
+        its = owner == index
+        reached = np.isin(own[name], its.nonzero()[0])
+        by_position = [reached[:, low:high].mean() for low, high in POSITIONS if low < reached.shape[1]]
+        found[name] = {
+            "found": float(counts[index, 1:][its].sum()),
+            "found_by_position": [round(float(share), 4) for share in by_position],
+            "purity": float(weighted[index, its].sum() / max(weighted[:, its].sum(), 1e-12)),
+        }
+    return {
+        "domains": found,
+        "found": float(np.mean([each["found"] for each in found.values()])),
+        "purity": float(np.mean([each["purity"] for each in found.values()])),
+        "general_routed": float(counts[0, 1:].sum()),
+    }
+
+
+def one_sample(corpus: Corpus, size: int, seed: int, settings: ClusterSettings):
+    """A fit on `size` training blocks, and which they were."""
+    ids, _ = ids_and_domains(corpus.train)
+    ids = ids[np.random.default_rng(seed).permutation(len(ids))[:size]]
+    fit = fit_texts(
+        ids,
+        np.full(len(ids), -1),
+        held_out(len(ids)),
+        settings,
+        Identities.none(len(corpus.tokenizer)),
+        vocab_size=len(corpus.tokenizer),
+        num_experts=SLOTS,
+        max_clusters=SLOTS,
+    )
+    return fit, ids
+
+
+def compare_rules(corpus: Corpus, size: int, seed: int, settings: ClusterSettings) -> list[dict]:
+    """Ways to read the same evidence, on one sample."""
+    fit, ids = one_sample(corpus, size, seed, settings)
+    held, labels = held_out(len(ids)), fit.labels
+    validation, domains = ids_and_domains(corpus.validation)
+    counts = count_tokens(ids[~held], len(fit.evidence.table))
+    tables = {each: log_ratios(counts, labels[~held], len(fit.clustering), each) for each in SMOOTHINGS}
+    experts = fit.ownership.experts
+    rows = []
+    for name, rule in RULES.items():
+        discount = rule(np.arange(1, ids.shape[1] + 1.0))[:, None]
+        likelihoods = {}
+        for smoothing, table in tables.items():
+            sums = table[ids[held]].cumsum(1, dtype=np.float64) * discount
+            for temper in TEMPERS:
+                posterior = log_softmax(temper * sums + np.log(fit.clustering.shares), axis=-1)
+                right = np.take_along_axis(posterior, labels[held][:, None, None], axis=-1)
+                likelihoods[smoothing, temper] = float(right.mean())
+        smoothing, temper = max(likelihoods, key=likelihoods.get)
+        sums = tables[smoothing][validation].cumsum(1, dtype=np.float64) * discount
+        clusters = (temper * sums + np.log(fit.clustering.shares)).argmax(-1)
+        row = {"rule": name, "smoothing": smoothing, "temper": temper}
+        row["held_out_log_likelihood"] = likelihoods[smoothing, temper]
+        rows.append(row | quality(experts[clusters], domains, corpus.mixture.shares))
+    return rows
+
+
+def measure_samples(
+    corpus: Corpus, sizes: Sequence[int], counts: Sequence[int], seeds: int, common_share: float
+) -> list[dict]:
+    """The library's way, over samples of several sizes, numbers of clusters and seeds."""
+    validation, domains = ids_and_domains(corpus.validation)
+    rows = []
+    for size in sizes:
+        for count in counts:
+            for seed in range(seeds):
+                settings = ClusterSettings("text", count, common_share, seed=seed)
+                fit, _ = one_sample(corpus, size, seed, settings)
+                experts = fit.ownership.experts[fit.evidence.clusters(validation)]
+                row = {"texts": size, "clusters": count, "seed": seed}
+                row["experts"] = int((fit.ownership.experts >= 0).sum())
+                row |= {"smoothing": fit.evidence.smoothing, "temper": fit.evidence.temper}
+                rows.append(row | quality(experts, domains, corpus.mixture.shares))
+                print({name: value for name, value in rows[-1].items() if name != "domains"}, flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measures from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, default=Path("runs/longtail/corpus/main"))
+    parser.add_argument("--texts", type=int, nargs="+", default=[640, 1640, 4096])
+    parser.add_argument("--clusters", type=int, nargs="+", default=[8, 10, 12, 16])
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--common_share", type=float, default=0.75)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    corpus = Corpus.load(arguments.corpus)
+    settings = ClusterSettings("text", 10, arguments.common_share)
+    record = {
+        "mixture": corpus.mixture.shares,
+        "common_share": arguments.common_share,
+        "positions": POSITIONS,
+        "rules": [
+            {"texts": size, **row} for size in arguments.texts for row in compare_rules(corpus, size, 0, settings)
+        ],
+        "samples": measure_samples(
+            corpus, arguments.texts, arguments.clusters, arguments.seeds, arguments.common_share
+        ),
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
