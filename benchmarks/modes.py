@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """
-The quickstart once with each way to keep clusters, and with both controls, against one dense twin.
+The quickstart's model and text with clusters of hidden states: once with each way to keep them, and with both
+controls, against one dense twin.
 
     python benchmarks/modes.py                       # about twelve minutes on two cores; goes on where it stopped
     python benchmarks/modes.py --seeds 0 1 2         # more seeds
@@ -27,6 +28,9 @@ from modeling_cse.runs import GPT2, pretrain
 
 
 RECIPE = "configuration/recipes/quickstart.yaml"
+# Clusters of hidden states as the quickstart had them when this was written.
+CLUSTERS = ["--cse_routing", "discriminant", "--algorithm", "kmeans", "--num_clusters", "4", "--common_share", "0.7"]
+CLUSTERS += ["--warmup", "0.3", "--sample_size", "512"]
 MODES = {
     "recluster": ["--update", "recluster"],
     "ema": ["--update", "ema"],
@@ -43,7 +47,7 @@ def run_mode(mode: str, seed: int, folder: Path, flags: list[str]) -> dict:
     if (place / "report.json").is_file():
         return json.loads((place / "report.json").read_text())
     first = mode == next(iter(MODES))
-    argv = [RECIPE, "--output_dir", str(place), "--seed", str(seed), *MODES[mode]]
+    argv = [RECIPE, "--output_dir", str(place), "--seed", str(seed), *CLUSTERS, *MODES[mode]]
     argv += ["--compare_with_dense", str(first)]
     if mode == "random":
         sizes = cluster_shares(folder / f"{next(iter(MODES))}-{seed}" / "cse")

@@ -4,8 +4,8 @@ Makes the picture of what re-clustering does, out of a short real training run (
 
     python docs/figures/reclustering.py
 
-Model, data and clusters are those of the quickstart. After each fit the model embeds the same training blocks
-of known domain, rare domains drawn more often than they occur; training itself never sees a domain.
+Model and data are those of the quickstart, clusters are of hidden states. After each fit the model embeds the same
+training blocks of known domain, rare domains drawn more often than they occur; training itself never sees a domain.
 A block belongs to the cluster whose centroid is nearest to its embedding, as in k-means.
 """
 

@@ -242,11 +242,7 @@ class Pretraining:
             if field.name.startswith("cse_") and getattr(model, field.name) is not None
         }
         if self.cluster_arguments.control is not None:
-            if flags.get("cse_routing", "given") != "given":
-                raise ValueError(
-                    f"cse_routing={flags['cse_routing']!r} is not allowed with a control: it must be 'given'."
-                )
-            flags["cse_routing"] = "given"
+            flags["cse_routing"] = "given"  # like the settings of clusters, so that a recipe serves its controls too
         if source is None:
             if model.model_type not in (None, self.family.config_class.model_type):
                 raise ValueError(

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""Promises of the look at routes without a model: what it counts, and that domains with words of their own are found."""
+"""Promises of the look at routes without a model: what it counts, and that domains with their own words are found."""
 
 import json
 import sys

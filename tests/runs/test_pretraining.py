@@ -274,16 +274,16 @@ def test_random_routes_have_the_sizes_they_were_given(tmp_path):
     assert all(0.1 < share < 0.9 for share in shares) and max(shares) - min(shares) < 0.4
 
 
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        ({"control": "oracle", "domain_column": None}, "control='oracle' is not allowed without a domain_column"),
-        ({"control": "oracle", "cse_routing": "sequence"}, "cse_routing='sequence' is not allowed with a control"),
-    ],
-)
-def test_controls_that_cannot_be_are_refused(tmp_path, changes, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        pretrain(GPT2, flags(tmp_path / "run", **{**SHORT, **changes}))
+def test_a_control_takes_the_recipe_of_its_run(tmp_path):
+    changes = {"cse_routing": "evidence", "cse_combine": "add", "algorithm": "text", "control": "oracle"}
+    pretrain(GPT2, flags(tmp_path / "run", **{**SHORT, **changes}))
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "cse").config
+    assert (config.cse_routing, config.cse_combine, config.gate) == ("given", "add", "hard")
+
+
+def test_an_oracle_without_domains_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="control='oracle' is not allowed without a domain_column"):
+        pretrain(GPT2, flags(tmp_path / "run", **{**SHORT, "control": "oracle", "domain_column": None}))
 
 
 def test_every_new_choice_reaches_a_run(tmp_path):
