@@ -34,6 +34,8 @@ from modeling_cse.training import ClusterExpertsCallback, FeatureCollector, rout
 
 
 DOMAINS = ("general", "legal", "medical")
+# Clusters of hidden states, whatever a family's default is.
+ROUTING = {"gpt2": "discriminant", "bert": "sequence"}
 FAMILIES = {"gpt2": (CSEGPT2Config, CSEGPT2ForCausalLM), "bert": (CSEBertConfig, CSEBertForMaskedLM)}
 DATA = Path(__file__).parent.parent / "examples" / "data"
 CONFIGURATION = Path(__file__).parent.parent / "configuration"
@@ -276,7 +278,8 @@ def train(run: Run, corpus: Corpus, folder: Path) -> nn.Module:
     if (final / "config.json").is_file():
         return model_class.from_pretrained(final)
     set_seed(run.seed)
-    config = config_class.from_pretrained(CONFIGURATION / run.config, vocab_size=len(corpus.tokenizer))
+    ways = {"vocab_size": len(corpus.tokenizer), "cse_combine": "replace", "cse_routing": ROUTING[run.family]}
+    config = config_class.from_pretrained(CONFIGURATION / run.config, **ways)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(corpus.tokenizer, name))
     watcher = Watcher(run, corpus, folder)

@@ -200,6 +200,8 @@ def run(
         bos_token_id=1,
         eos_token_id=2,
         cse_layers=[1],
+        cse_combine="replace",
+        cse_routing="discriminant",
     )
     clusters = ClusterExpertsCallback(
         warmup=fit_every,

@@ -62,6 +62,8 @@ def train(folder: Path, steps: int) -> dict:
         n_layer=4,
         n_head=4,
         cse_modules=["attention", "ffn"],
+        cse_combine="replace",
+        cse_routing="discriminant",
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
     )

@@ -27,7 +27,7 @@ class Layer:
             **{"n_embd": width, "n_inner": expert_width, "n_layer": 1, "n_head": 4, "n_positions": LENGTH},
             **{"vocab_size": 8, "bos_token_id": 0, "eos_token_id": 0, "resid_pdrop": 0.0},
             **{"cse_layers": [0], "cse_num_experts": experts, "cse_expert_size": expert_width},
-            **{"cse_max_clusters": experts + 1},
+            **{"cse_max_clusters": experts + 1, "cse_combine": "replace", "cse_routing": "discriminant"},
         )
         self.module = next(iter(CSEGPT2Model(config).train().routed_modules().values()))
         self.experts = experts

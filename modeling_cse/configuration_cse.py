@@ -64,17 +64,18 @@ class CSEFlags:
             for experts, and training chooses some (`ClusterExpertsCallback(layer_budget=...)`).
         cse_modules (`list[str]`, defaults to `["ffn"]`):
             Which modules of those layers get experts: `"ffn"` (MoF), `"attention"` (MoA), or both.
-        cse_combine (`str`, defaults to `"replace"`):
-            `"replace"`: a routed token goes through its expert instead of the base module, and experts start as
-            copies of it (the paper). `"add"`: base plus expert, which starts with a zero output.
+        cse_combine (`str`):
+            `"replace"` (default of BERT): a routed token goes through its expert instead of the base module, and
+            experts start as copies of it (the paper). `"add"` (default of GPT-2): base plus expert, which starts with
+            a zero output.
         cse_num_experts (`int`, defaults to 4):
             Expert slots per layer, at most 1,023.
         cse_expert_size (`int`, *optional*):
             Width of an FFN expert, a multiple of 8. Default: the base width (`"replace"`), or the base width over the
             number of slots (`"add"`), rounded up to a multiple of 8. `"replace"` takes no width below the base's.
         cse_routing (`str`):
-            `"discriminant"` (default of GPT-2): each token by its own state, causal. `"evidence"`: by what the tokens
-            of its text say about the text's cluster, those read so far in GPT-2 (causal), all of them in BERT.
+            `"evidence"` (default of GPT-2): by what the tokens of its text say about the text's cluster, those read
+            so far in GPT-2 (causal), all of them in BERT. `"discriminant"`: each token by its own state, causal.
             `"sequence"` (default of BERT): the whole sequence by its masked mean state. `"given"`: by
             `given_clusters` that come with the batch, for controls (random or oracle routing) and where domains are
             known.
@@ -93,10 +94,10 @@ class CSEFlags:
     # `Any` keeps the type checks of `@strict` away: they raise an error class of their own, which is no ValueError.
     cse_layers: Any = None
     cse_modules: Any = ("ffn",)
-    cse_combine: Any = "replace"
+    cse_combine: Any = "add"
     cse_num_experts: Any = 4
     cse_expert_size: Any = None
-    cse_routing: Any = "discriminant"
+    cse_routing: Any = "evidence"
     cse_gate: Any = None
     cse_radius_scaling: Any = True
     cse_max_clusters: Any = None
@@ -278,6 +279,7 @@ class CSEBertConfig(CSEFlags, BertConfig):
         "encoder.layer.*.output.dense": "rowwise",
     }
 
+    cse_combine: Any = "replace"
     cse_routing: Any = "sequence"
 
     @property

@@ -50,6 +50,7 @@ class Contender:
 
 def cse_config(shape: Shape, combine: str, **flags) -> CSEGPT2Config:
     """A configuration with experts, through the grouped matrix product on every device."""
+    flags = {"cse_routing": "discriminant", **flags}
     config = CSEGPT2Config(**shape.fields, cse_layers=shape.sparse_layers, cse_combine=combine, **flags)
     config._experts_implementation = "grouped_mm"
     return config

@@ -79,6 +79,7 @@ def fit_layer(
     Raises:
         ValueError: see `find_clusters`; or features so large or small that routes of them overflow in fp32.
     """
+    settings = settings.resolve(router.routing)
     check_finite(features.embeddings.numpy())
     if joint is not None:
         features = replace(features, labels=torch.from_numpy(joint.labels))

@@ -64,6 +64,7 @@ def fit_texts(
     Raises:
         ValueError: see `find_clusters`; labels with gaps, or none at all.
     """
+    settings = settings.resolve("evidence")
     if settings.algorithm == GIVEN:
         labels, clustering = given, _given_clusters(embed_texts(ids, vocab_size, settings.seed), given, max_clusters)
     else:

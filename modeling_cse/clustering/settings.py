@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """What a user decides about clusters: values are checked when set, and defaults that depend on others resolved."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 # These look for a number of clusters that is given, ...
@@ -16,6 +16,8 @@ ALGORITHMS = (TEXT, *CENTROID_ALGORITHMS, *DENSITY_ALGORITHMS, GIVEN)
 
 NUM_CLUSTERS = 6
 NUM_TEXT_CLUSTERS = 10
+COMMON_SHARE = 0.7
+COMMON_TEXT_SHARE = 0.75
 
 ELBOW = "elbow"
 DENSITY_PROJECTION = 32
@@ -28,13 +30,13 @@ class ClusterSettings:
     How clusters are found and kept, checked when made.
 
     Fields:
-        algorithm: one of `ALGORITHMS`.
+        algorithm: one of `ALGORITHMS`; None stands for text where routes are read from evidence, else for kmeans.
         num_clusters: for kmeans, spherical and text how many to look for, at least 1, or a pair (low, high), low at
             least 2: the number between them, both included, with the largest silhouette. None stands for 6 there (10
             for text), and is all that the others take, which find their number themselves. A list, as YAML has it,
             becomes a tuple.
         common_share: the largest clusters are common until together they hold this share, 0 to 1; or "elbow", see
-            `long_tail`.
+            `long_tail`. None stands for 0.75 with text, else for 0.7.
         patience: fits in a row an owner may be absent or common before it loses its expert, at least 1.
         seed: of clustering and of fresh expert weights, below 2 ** 32.
         projection: dimensions of a Gaussian random projection before any distance is taken (the paper does so), None
@@ -46,21 +48,21 @@ class ClusterSettings:
         ValueError: a value that is not allowed, or not allowed beside this algorithm.
     """
 
-    algorithm: str = "kmeans"
+    algorithm: str | None = None
     num_clusters: int | tuple[int, int] | None = None
-    common_share: float | str = 0.7
+    common_share: float | str | None = None
     patience: int = 3
     seed: int = 0
     projection: int | str | None = "auto"
     min_cluster_share: float | None = None
 
     def __post_init__(self):
-        if self.algorithm not in ALGORITHMS:
+        if self.algorithm is not None and self.algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm={self.algorithm!r} is not allowed: it must be one of {list(ALGORITHMS)}.")
         if isinstance(self.num_clusters, list):
             self.num_clusters = tuple(self.num_clusters)
         self._check_num_clusters()
-        if self.common_share != ELBOW and not _is_share(self.common_share):
+        if self.common_share not in (None, ELBOW) and not _is_share(self.common_share):
             raise ValueError(
                 f"common_share={self.common_share!r} is not allowed: it must be from 0 to 1, or {ELBOW!r}."
             )
@@ -92,7 +94,7 @@ class ClusterSettings:
         value = self.num_clusters
         if value is None:
             return
-        if self.algorithm not in (TEXT, *CENTROID_ALGORITHMS):
+        if self.algorithm not in (None, TEXT, *CENTROID_ALGORITHMS):
             right, allowed = False, "None, because their number is found, not asked for"
         else:
             pair = isinstance(value, tuple) and len(value) == 2 and all(_is_int(end, 2) for end in value)
@@ -103,6 +105,18 @@ class ClusterSettings:
                 f"num_clusters={value!r} is not allowed with algorithm={self.algorithm!r}: it must be {allowed}."
             )
 
+    def resolve(self, routing: str) -> "ClusterSettings":
+        """The same with the defaults filled in that depend on how routes are read (`cse_routing`).
+
+        Raises:
+            ValueError: a value that is not allowed beside the algorithm.
+        """
+        algorithm = self.algorithm or (TEXT if routing == "evidence" else CENTROID_ALGORITHMS[0])
+        share = COMMON_TEXT_SHARE if algorithm == TEXT else COMMON_SHARE
+        return replace(
+            self, algorithm=algorithm, common_share=share if self.common_share is None else self.common_share
+        )
+
     @property
     def density(self) -> bool:
         """Whether the algorithm looks for dense regions, and may call sequences noise."""
@@ -112,7 +126,7 @@ class ClusterSettings:
     def cluster_range(self) -> tuple[int, int] | None:
         """The least and the most clusters that are asked for, the same where it is one number; None where the
         algorithm finds it."""
-        if self.algorithm not in (TEXT, *CENTROID_ALGORITHMS):
+        if self.algorithm not in (None, TEXT, *CENTROID_ALGORITHMS):
             return None
         default = NUM_TEXT_CLUSTERS if self.algorithm == TEXT else NUM_CLUSTERS
         asked = default if self.num_clusters is None else self.num_clusters

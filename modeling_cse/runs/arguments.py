@@ -84,9 +84,15 @@ class ClusterArguments:
     recluster_growth: float = _flag(1.0, "Each interval between fits is so many times the one before.")
     recluster_until: str | None = _flag(None, "No fit after it: steps, or a share of training below 1.")
     update: str = _flag("recluster", "recluster, ema, recluster+ema or frozen.")
-    algorithm: str = _flag("kmeans", "How clusters are found: kmeans, spherical, dbscan, hdbscan, text, or given.")
-    num_clusters: list[int] | None = _flag(None, "Clusters to look for, or a range: 2 8. Default 6.", nargs="+")
-    common_share: str = _flag("0.7", "The largest clusters are common until they hold this share; or elbow.")
+    algorithm: str | None = _flag(
+        None, "kmeans, spherical, dbscan, hdbscan, text, or given. Default: text for evidence, else kmeans."
+    )
+    num_clusters: list[int] | None = _flag(
+        None, "Clusters to look for, or a range: 2 8. Default: 6, or 10 for text.", nargs="+"
+    )
+    common_share: str | None = _flag(
+        None, "The largest clusters are common until they hold it; or elbow. Default: 0.7, or 0.75 for text."
+    )
     projection: str = _flag("auto", "Dimensions of a random projection before clustering, none, or auto.")
     min_cluster_share: float | None = _flag(None, "Smallest share that dbscan and hdbscan call a cluster.")
     sample_size: int = _flag(2048, "Sequences kept for a fit.")
@@ -126,7 +132,7 @@ class ClusterArguments:
             **own,
             "warmup": self.warmup if self.warmup == "auto" else steps_or_share(self.warmup),
             "recluster_until": None if until is None else steps_or_share(until, "recluster_until"),
-            "common_share": _number_or_word("common_share", self.common_share, {"elbow": "elbow"}),
+            "common_share": _number_or_word("common_share", self.common_share, {"elbow": "elbow", None: None}),
             "projection": _number_or_word("projection", self.projection, {"auto": "auto", "none": None}),
             "seed": seed,
         }

@@ -46,12 +46,12 @@ class ClusterExpertsCallback(TrainerCallback):
         update (`str`): `"recluster"`, `"ema"` (after the first fit centroids follow their members as moving averages,
             the paper's rule), `"recluster+ema"` (they do so between the fits) or `"frozen"` (the first fit stays).
         algorithm (`str`): `"kmeans"`, `"spherical"`, `"dbscan"`, `"hdbscan"`; `"text"`: k-means on the
-            tokens of the texts, one clustering for all sites (the one for `cse_routing="evidence"`); or `"given"`:
-            the `given_clusters` of the batches.
+            tokens of the texts, one clustering for all sites; or `"given"`: the `given_clusters` of the batches.
+            Default: `"text"` for `cse_routing="evidence"`, otherwise `"kmeans"`.
         num_clusters (`int`, pair of `int`): clusters to look for, or a range of which the silhouette chooses. Default:
             6 where the algorithm wants a number, 10 for `"text"`.
         common_share (`float` or `"elbow"`): the largest clusters are common until together they hold this share; the
-            others are long-tail.
+            others are long-tail. Default: 0.75 for `"text"`, otherwise 0.7.
         sample_size (`int`): sequences kept per fit, over all processes.
         seed (`int`): of clustering and fresh expert weights.
         patience (`int`): fits in a row a cluster may be absent or common before it loses its expert.
@@ -74,9 +74,9 @@ class ClusterExpertsCallback(TrainerCallback):
         warmup: int | float | str = 0.1,
         recluster_every: int = 500,
         update: str = "recluster",
-        algorithm: str = "kmeans",
+        algorithm: str | None = None,
         num_clusters: int | tuple[int, int] | None = None,
-        common_share: float | str = 0.7,
+        common_share: float | str | None = None,
         sample_size: int = 2048,
         seed: int = 0,
         patience: int = 3,
@@ -87,7 +87,7 @@ class ClusterExpertsCallback(TrainerCallback):
         recluster_until: int | float | None = None,
         layer_budget: int | None = None,
     ):
-        self.settings = ClusterSettings(
+        self._asked = self.settings = ClusterSettings(
             algorithm, num_clusters, common_share, patience, seed, projection, min_cluster_share
         )
         self.schedule = FitSchedule(warmup, recluster_every, recluster_growth, recluster_until, update)
@@ -126,6 +126,7 @@ class ClusterExpertsCallback(TrainerCallback):
         refuse_adapters(model)
         refuse_parallel_plans(model)
         self.base = routed_base_model(model)
+        self.settings = self._asked.resolve(self.base.config.cse_routing)
         self._check_model()
         check_stage(model)
         step = args.train_batch_size * args.gradient_accumulation_steps

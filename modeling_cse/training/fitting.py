@@ -69,6 +69,7 @@ def fit_layers(
     start = time.perf_counter()
     base = routed_base_model(model)
     modules = base.routed_modules()
+    settings = settings.resolve(base.config.cse_routing)
 
     def compute():
         fits = {}
@@ -235,13 +236,13 @@ def fit_experts(
     unknown = sorted(set(settings) - {field.name for field in fields(ClusterSettings)})
     if unknown:
         raise ValueError(f"{unknown} is not allowed: fit_experts knows the fields of ClusterSettings and sample_size.")
-    settings = ClusterSettings(**settings)
+    base = routed_base_model(model)
+    settings = ClusterSettings(**settings).resolve(base.config.cse_routing)
     least = (settings.cluster_range or (1,))[0]
     if not isinstance(sample_size, int) or isinstance(sample_size, bool) or sample_size < least:
         raise ValueError(f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={least}.")
     refuse_adapters(model)
     refuse_parallel_plans(model)
-    base = routed_base_model(model)
     for module in base.routed_modules().values():
         module.check_base()
     check_algorithm(base, settings)

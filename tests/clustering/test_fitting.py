@@ -12,7 +12,6 @@ from modeling_cse.dispatch_cse import Site
 
 WRONG = [
     ("algorithm", "spectral", "kmeans"),
-    ("algorithm", None, "kmeans"),
     ("num_clusters", 0, "int >= 1"),
     ("num_clusters", 2.0, "int >= 1"),
     ("num_clusters", True, "int >= 1"),
@@ -23,7 +22,6 @@ WRONG = [
     ("common_share", 1.1, "from 0 to 1"),
     ("common_share", float("nan"), "from 0 to 1"),
     ("common_share", "0.7", "from 0 to 1"),
-    ("common_share", None, "from 0 to 1"),
 ]
 
 

@@ -73,8 +73,8 @@ def test_an_option_that_nothing_reads_is_refused(algorithm):
             ClusterSettings(algorithm, 4, min_cluster_share=share)
 
 
-def test_the_default_is_kmeans_as_it_was():
-    settings = ClusterSettings()
+def test_the_default_for_states_is_kmeans_as_it_was():
+    settings = ClusterSettings().resolve("discriminant")
     assert (settings.algorithm, settings.num_clusters, settings.common_share) == ("kmeans", None, 0.7)
     assert settings.cluster_range == ClusterSettings("spherical").cluster_range == (6, 6)
     assert (settings.patience, settings.seed) == (3, 0) and settings.projected_width(768) is None
@@ -202,3 +202,28 @@ def test_given_labels_are_the_clusters_in_their_own_numbers():
 def test_labels_that_cannot_be_clusters_are_refused(labels, complaint):
     with pytest.raises(ValueError, match=complaint):
         fitted(labelled(labels), ClusterSettings("given"), cse_max_clusters=4)
+
+
+@pytest.mark.parametrize(
+    ("routing", "algorithm", "clusters", "share"),
+    [
+        ("evidence", "text", (10, 10), 0.75),
+        ("discriminant", "kmeans", (6, 6), 0.7),
+        ("sequence", "kmeans", (6, 6), 0.7),
+    ],
+)
+def test_defaults_follow_how_routes_are_read(routing, algorithm, clusters, share):
+    found = ClusterSettings().resolve(routing)
+    assert (found.algorithm, found.cluster_range, found.common_share) == (algorithm, clusters, share)
+    assert found.resolve("sequence") == found.resolve("evidence") == found
+
+
+def test_what_was_asked_for_stays():
+    asked = ClusterSettings("text", 4, 0.6)
+    assert asked.resolve("discriminant") == asked
+    assert ClusterSettings(algorithm="text").resolve("discriminant").common_share == 0.75
+
+
+def test_a_projection_is_refused_where_the_default_reads_texts():
+    with pytest.raises(ValueError, match="projection=8 is not allowed with algorithm='text'"):
+        ClusterSettings(projection=8).resolve("evidence")

@@ -30,7 +30,11 @@ SHAPE = {"gpt2": {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64}, "
 SHAPE["bert"] = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192}
 
 
-def losses(family: str, cse_combine: str) -> list[float]:
+# Clusters of hidden states; "evidence" is another run.
+ROUTING = {"gpt2": "discriminant", "bert": "sequence"}
+
+
+def losses(family: str, cse_combine: str, cse_routing: str | None = None) -> list[float]:
     """The loss of each of 24 steps; experts come on after step 8, clusters are fitted again after step 16."""
     corpus = load_corpus(
         train_file=str(CORPUS / "train.jsonl.gz"),
@@ -49,6 +53,7 @@ def losses(family: str, cse_combine: str) -> list[float]:
         config_class(
             vocab_size=len(tokenizer),
             cse_combine=cse_combine,
+            cse_routing=cse_routing or ROUTING[family],
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -75,7 +80,9 @@ def losses(family: str, cse_combine: str) -> list[float]:
 
 
 def all_losses() -> dict[str, list[float]]:
-    return {f"{family}-{combine}": losses(family, combine) for family in SHAPE for combine in ("replace", "add")}
+    runs = [(family, combine) for family in SHAPE for combine in ("replace", "add")]
+    runs += [(family, "add", "evidence") for family in SHAPE]
+    return {"-".join(run): losses(*run) for run in runs}
 
 
 if __name__ == "__main__":

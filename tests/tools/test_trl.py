@@ -4,7 +4,7 @@ counts as one sequence, and adapters train on what clusters there are."""
 
 import pytest
 import torch
-from tiny import SIZES, activate, model_class, routed_modules
+from tiny import FLAGS, SIZES, activate, model_class, routed_modules
 from tiny_runs import fit_steps, settings
 
 from modeling_cse import ClusterExpertsCallback, CSEGPT2Config
@@ -36,7 +36,7 @@ def model(clustered: bool = False, **flags):
     ids = {name: TOKENIZER.eos_token_id for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     torch.manual_seed(0)
     made = model_class("gpt2", "ForCausalLM")(
-        CSEGPT2Config(**{**SIZES["gpt2"], **ids, "vocab_size": len(TOKENIZER), **flags})
+        CSEGPT2Config(**{**SIZES["gpt2"], **FLAGS["gpt2"], **ids, "vocab_size": len(TOKENIZER), **flags})
     )
     return activate(made) if clustered else made
 

@@ -28,7 +28,6 @@ WRONG = [
     ("num_clusters", 0),
     ("num_clusters", "6"),
     ("common_share", 1.5),
-    ("common_share", None),
     ("sample_size", 5),
     ("sample_size", 100.0),
     ("seed", -1),

@@ -249,4 +249,13 @@ def test_embeddings_have_no_tokens_to_cluster(routing):
 
 def test_fit_experts_refuses_other_clusters_for_evidence():
     with pytest.raises(ValueError, match="algorithm='kmeans' is not allowed with cse_routing='evidence'"):
-        fit_experts(tiny_model("gpt2", cse_routing="evidence"), batches(), num_clusters=3)
+        fit_experts(tiny_model("gpt2", cse_routing="evidence"), batches(), algorithm="kmeans", num_clusters=3)
+
+
+def test_fit_experts_clusters_texts_for_evidence_unless_told_otherwise():
+    found = []
+    for told in ({"algorithm": "text"}, {}):
+        model = tiny_model("gpt2", cse_routing="evidence")
+        fit_experts(model, batches(), num_clusters=3, common_share=0.5, **told)
+        found.append(model.base_model.evidence_router.evidence)
+    assert torch.equal(*found) and found[0].any()
