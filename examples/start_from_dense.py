@@ -102,14 +102,14 @@ def main() -> None:
     print_perplexity("dense", AutoModelForCausalLM.from_pretrained(checkpoint), validation)
 
     model, found = from_dense(
-        checkpoint, blocks, cse_layers="auto", num_clusters=4, sample_size=512, output_fit_info=True
+        checkpoint, blocks, cse_layers="auto", sample_size=2048, output_fit_info=True
     )
     print(f"experts in layers {found['cse_layers']}, where clusters are clearest: {found['clarity']}")
     print_perplexity("start", model, validation)
 
     trainer = trainer_for(model, blocks, options.output_dir / "cse", options)
     every = max(options.steps // 3, 1)
-    ClusterExpertsCallback(warmup=0, recluster_every=every, num_clusters=4, sample_size=512).attach(trainer)
+    ClusterExpertsCallback(warmup=0, recluster_every=every).attach(trainer)
     trainer.train()
     print_perplexity("end", model, validation)
     trainer.save_model()
