@@ -106,14 +106,38 @@ class EvidenceRouter(RoutingState):
     ) -> torch.Tensor:
         """
         Args:
-            input_ids: (B, T) whole texts, from their first token on.
-            attention_mask: (B, T), 0 at padding, which says nothing.
-            position_ids: (B, T) or (T,); where they start again, another text begins.
+            input_ids, attention_mask, position_ids: as in `scores`.
 
         Returns:
             By the tokens up to each one in a causal model, by all of its text otherwise, what `given_clusters` takes:
             the likeliest cluster (B, T) int64, -1 while there are none (`cse_gate="hard"`); or the probability of
             each cluster (B, T, C) fp32, all 0 while there are none (`"posterior"`).
+
+        Raises:
+            ValueError: the mask is of another shape.
+        """
+        scores = self.scores(input_ids, attention_mask, position_ids)
+        in_use = self.log_shares > torch.finfo(torch.float32).min
+        if self.gate == "posterior":
+            return scores.softmax(-1) * in_use
+        clusters = scores.argmax(-1)
+        return torch.where(in_use[clusters], clusters, -1)
+
+    @torch.no_grad()
+    def scores(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Log posterior of each cluster up to a constant of the token, whatever the gate makes of it: (B, T, C) fp32, the
+        lowest float for rows not in use. Padding adds nothing, so that the last column is that of a row's whole text.
+
+        Args:
+            input_ids: (B, T) whole texts, from their first token on.
+            attention_mask: (B, T), 0 at padding, which says nothing.
+            position_ids: (B, T) or (T,); where they start again, another text begins.
 
         Raises:
             ValueError: the mask is of another shape.
@@ -132,11 +156,8 @@ class EvidenceRouter(RoutingState):
         sums = self._sums_so_far(steps, scope) if self.causal else self._sums_of_texts(steps, scope)
         sums, tokens = sums[..., :-1].float() * STEP, sums[..., -1:].float()
         scores = sums / (1.0 + tokens / INDEPENDENT).sqrt() + self.log_shares
-        in_use = self.log_shares > torch.finfo(torch.float32).min
-        if self.gate == "posterior":
-            return scores.masked_fill(~in_use, torch.finfo(torch.float32).min).softmax(-1) * in_use
-        clusters = scores.argmax(-1)
-        return torch.where(in_use[clusters], clusters, -1)
+        lowest = torch.finfo(torch.float32).min
+        return scores.masked_fill(self.log_shares == lowest, lowest)
 
     @staticmethod
     def _sums_so_far(steps: torch.Tensor, scope: SequenceScope) -> torch.Tensor:

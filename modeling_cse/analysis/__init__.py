@@ -7,14 +7,14 @@ from .figures import plot_run, read_metrics
 from .gains import Gain, Losses, measure_gain
 from .terms import top_terms
 from .typical import passage, typical_rows
-from .verdict import RULES, Verdict, judge
+from .verdict import CLARITY, Verdict, judge, rules
 
 
 __all__ = [
+    "CLARITY",
     "ClusterView",
     "Gain",
     "Losses",
-    "RULES",
     "Verdict",
     "cluster_names",
     "judge",
@@ -25,6 +25,7 @@ __all__ = [
     "plot_reclustering",
     "plot_run",
     "read_metrics",
+    "rules",
     "top_terms",
     "typical_rows",
 ]

@@ -25,6 +25,7 @@ def plot_found_clusters(
     experts: np.ndarray,
     domains: list[str] | None,
     path: str | Path,
+    by: str,
 ) -> None:
     """Draw sequences in their first two principal components, coloured by cluster, and the size of each cluster.
 
@@ -34,13 +35,14 @@ def plot_found_clusters(
         centroids: (K, d); experts: (K,) int, the expert each cluster owns, -1 for a common one.
         domains: name of each sequence's domain, shown by shape; or None.
         path: the PNG to write.
+        by: what places the sequences, for the title.
     """
     figure = new_figure(10.0, 4.8)
     scatter, bars = figure.subplots(1, 2, width_ratios=(3, 2))
     colours, names = _colours(experts), cluster_names(experts)
     basis = PCA(2, svd_solver="full").fit(embeddings)
     points, crosses = basis.transform(embeddings), basis.transform(centroids)
-    _prepare(scatter, "Sequences, by their mean state")
+    _prepare(scatter, f"Sequences, by their {by}")
     scatter.set_xticks([])
     scatter.set_yticks([])
     scatter.set_xlabel("first principal component")

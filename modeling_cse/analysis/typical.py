@@ -6,10 +6,10 @@ import numpy as np
 
 def typical_rows(distances: np.ndarray, labels: np.ndarray, most: int = 3) -> list[list[int]]:
     """
-    The members of each cluster that lie nearest to its centroid.
+    The members of each cluster that are most its own.
 
     Args:
-        distances: (N, K) of N sequences to the centroids.
+        distances: (N, K) of N sequences from the K clusters, in any measure that grows with distance.
         labels: (N,) int, the cluster of each.
         most: members a cluster.
 

@@ -8,23 +8,55 @@ from .gains import Gain
 
 # A gain in perplexity under one per cent is not worth another kind of model.
 WORTH = 0.99
-# Silhouette of the clearest cluster with an expert, below which the text may be one cloud that k-means has cut
-# somewhere. States of a quickstart run (one seed, k of 2, 4 and 6): the clearest cluster of a rare domain had 0.32 to
-# 0.37, the clearest of all on the general text alone 0.15 to 0.24.
-CLEAR = 0.28
+
+
+@dataclass(frozen=True)
+class Clarity:
+    """A measure of how far a cluster lies from all others: its name in tables, in sentences, what its values mean, and
+    from where on a cluster is clear."""
+
+    name: str
+    phrase: str
+    meaning: str
+    clear: float
+
+
+# By how a model routes. Below the threshold the text may be one cloud that k-means has cut somewhere.
+CLARITY = {
+    # Of the clearest cluster with an expert. States of a quickstart run (one seed, k of 2, 4 and 6): that of a rare
+    # domain had 0.32 to 0.37, the clearest of all on the general text alone 0.15 to 0.24.
+    "states": Clarity(
+        "silhouette",
+        "a silhouette of",
+        "Silhouette of mean states: 1 stands far apart, 0 is a cloud cut somewhere",
+        0.28,
+    ),
+    # Silhouettes of texts do not tell the two apart, separation does: docs/evidence/longtail.md has the figures.
+    "evidence": Clarity(
+        "separation",
+        "a separation in nats a token of",
+        "Separation: what the cluster's own token frequencies, counted in the training sample, save over those of all "
+        "text, in nats a token of its held-out sequences; 0 is a cloud cut somewhere, and documents with passages on "
+        "both sides raise it",
+        0.2,
+    ),
+}
 # Share of tokens that must find the cluster of their sequence beyond the first few.
 FOUND = 0.6
 
-RULES = (
-    f"Rules. Clusters are clear if one with an expert has a silhouette of {CLEAR} or more, {FOUND:.0%} of the "
-    "held-out tokens find the cluster of their sequence, and some held-out sequence belongs to an expert. Of the "
-    "95 % intervals of the "
-    'ratio: "yes" if the long tail lies below 1 and the common text does not lie above 1; "hardly" if so, but the '
-    f'gain is under {1 - WORTH:.0%}; "mixed" if the long tail gains and the common text loses; "no" if the long tail '
-    f"lies above 1, or above {WORTH} and the common text does not gain, or holds 1 where the common text loses; else "
-    '"cannot tell". Without clear clusters "yes" and "mixed" become "cannot tell" (parameters alone may gain), all '
-    'others "no".'
-)
+
+def rules(kind: str) -> str:
+    """The rules of `judge` in words, for clusters of a kind, a key of `CLARITY`."""
+    clarity = CLARITY[kind]
+    return (
+        f"Rules. Clusters are clear if one with an expert has {clarity.phrase} {clarity.clear} or more, {FOUND:.0%} "
+        "of the held-out tokens find the cluster of their sequence, and some held-out sequence belongs to an expert. "
+        'Of the 95 % intervals of the ratio: "yes" if the long tail lies below 1 and the common text does not lie '
+        f'above 1; "hardly" if so, but the gain is under {1 - WORTH:.0%}; "mixed" if the long tail gains and the '
+        f'common text loses; "no" if the long tail lies above 1, or above {WORTH} and the common text does not gain, '
+        'or holds 1 where the common text loses; else "cannot tell". Without clear clusters "yes" and "mixed" become '
+        '"cannot tell" (parameters alone may gain), all others "no".'
+    )
 
 
 @dataclass(frozen=True)
@@ -38,19 +70,20 @@ class Verdict:
 
 
 def judge(
-    tail: Gain | None, common: Gain | None, silhouette: float | None, agreement: float | None, seeds: int
+    tail: Gain | None, common: Gain | None, clearest: float | None, agreement: float | None, seeds: int, kind: str
 ) -> Verdict:
     """
-    The verdict on a corpus (`RULES` in words).
+    The verdict on a corpus (`rules` in words).
 
     Args:
         tail: gain on held-out sequences whose cluster owns an expert; None if there are none.
         common: gain on all others; None if there are none.
-        silhouette: of the clearest cluster with an expert, -1 to 1; None where there is none.
-        agreement: share of the held-out tokens that are routed to the cluster of their sequence.
+        clearest: clarity of the clearest cluster with an expert, in the measure of `kind`; None where there is none.
+        agreement: share of the held-out tokens that find the cluster of their sequence.
         seeds: trainings behind the gains.
+        kind: of the clusters, a key of `CLARITY`.
     """
-    unclear = _unclear(tail, silhouette, agreement)
+    unclear = _unclear(tail, clearest, agreement, CLARITY[kind])
     reasons = [f"No clear clusters: {unclear}."] if unclear else []
     for name, gain in (("The long tail (text with an expert)", tail), ("The common text", common)):
         if gain is not None:
@@ -61,11 +94,11 @@ def judge(
     return Verdict(answer, reasons, _advice(answer, tail, seeds))
 
 
-def _unclear(tail: Gain | None, silhouette: float | None, agreement: float | None) -> str | None:
-    if silhouette is None:
-        return "none has an expert"
-    if silhouette < CLEAR:
-        return f"the clearest with an expert has a silhouette of {silhouette:.2f}, under {CLEAR}"
+def _unclear(tail: Gain | None, clearest: float | None, agreement: float | None, clarity: Clarity) -> str | None:
+    if clearest is None:
+        return "no cluster with an expert has text to measure it on"
+    if clearest < clarity.clear:
+        return f"the clearest with an expert has {clarity.phrase} {clearest:.2f}, under {clarity.clear}"
     if agreement is not None and agreement < FOUND:
         return f"{agreement:.0%} of the tokens find the cluster of their sequence, under {FOUND:.0%}"
     return "no held-out sequence belongs to a cluster with an expert" if tail is None else None

@@ -95,6 +95,31 @@ def log_ratios(counts: csr_matrix, labels: np.ndarray, clusters: int, smoothing:
     return table
 
 
+def separation(
+    ids: np.ndarray, labels: np.ndarray, held_ids: np.ndarray, held_labels: np.ndarray, clusters: int, vocab_size: int
+) -> np.ndarray:
+    """
+    How far the words of each cluster lie from all others: what its own token frequencies save over those of all
+    texts, in nats a token, on texts of which they have seen nothing. It is the gain of a unigram model.
+
+    Args:
+        ids, held_ids: (N, L) and (M, L') token ids of texts that are counted, and of those that are measured, -1 where
+            there is none. No document should be in both: one that goes on looks like a cluster.
+        labels, held_labels: (N,) and (M,) their clusters.
+        clusters: K. vocab_size: V.
+
+    Returns:
+        (K,) float64, NaN for a cluster without a measured text; below 0 where its frequencies mislead.
+    """
+    table = log_ratios(count_tokens(ids, vocab_size), labels, clusters, SMOOTHINGS[1])
+    counts = count_tokens(held_ids, vocab_size)
+    found = np.full(clusters, np.nan)
+    for label in np.unique(held_labels):
+        own = np.asarray(counts[held_labels == label].sum(axis=0))[0]
+        found[label] = own @ table[:, label] / own.sum()
+    return found
+
+
 def _discount(tokens: np.ndarray) -> np.ndarray:
     return 1.0 / np.sqrt(1.0 + tokens / INDEPENDENT)
 

@@ -1,13 +1,16 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """What a model makes of single sequences: the loss of each, and the cluster each belongs to."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from scipy.special import logsumexp, softmax
 from torch import nn
 
+from ..clustering.texts import embed_texts
 from ..training import FeatureCollector, routed_base_model
 from .perplexity import token_losses
 
@@ -21,15 +24,21 @@ Batches = Iterable[Mapping[str, torch.Tensor]]
 @dataclass
 class SequenceClusters:
     """
-    N sequences as the last routed module of a model sees them.
+    N sequences as the routes of a model see them: by evidence (`cse_routing="evidence"`), or by the states of its last
+    routed module.
 
     Fields:
-        embeddings (N, d) float32: mean state of each, padding left out.
-        distances (N, K) float32: of each to the K centroids.
-        clusters (N,) int64: the nearest centroid, as in the clustering itself.
+        embeddings (N, d) float32: by evidence the place of each in the space of its words (`embed_texts` of these
+            sequences alone); by states their mean, padding left out.
+        distances (N, K): by evidence minus the log posterior of each cluster, float64; by states the distance to its
+            centroid, float32.
+        clusters (N,) int64: the likeliest cluster by all tokens; or the nearest centroid, as in the clustering itself.
         agreement (N,) float64: share of its tokens from position `CONTEXT` on (of all, where a sequence is shorter)
-            that are routed to that cluster.
-        centroids (K, d) float32, experts (K,) int64: of the clusters; -1 for a common one, which owns no expert.
+            that find that cluster: it is the likeliest by what is read up to them; or they are routed to it.
+        centroids (K, d) float32: by evidence the mean of `embeddings`, each weighted by its posterior; or the
+            router's.
+        experts (K,) int64: of the clusters; -1 for a common one, which owns no expert.
+        ids (N, L) int64: the tokens, -1 at padding.
     """
 
     embeddings: np.ndarray
@@ -38,6 +47,7 @@ class SequenceClusters:
     agreement: np.ndarray
     centroids: np.ndarray
     experts: np.ndarray
+    ids: np.ndarray
 
 
 @torch.no_grad()
@@ -64,11 +74,12 @@ def sequence_losses(model: nn.Module, batches: Batches, *, shift: bool) -> tuple
 @torch.no_grad()
 def sequence_clusters(model: nn.Module, batches: Batches) -> SequenceClusters:
     """
-    The cluster of each sequence in the last routed module, and how well its tokens find it.
+    The cluster of each sequence, and how well its tokens find it: by the evidence of its tokens where the model routes
+    by it, in the last routed module otherwise.
 
     Args:
         model: a CSE head or base model with clusters, which is put into evaluation mode.
-        batches: dicts of tensors with `input_ids` (B, T); labels are ignored.
+        batches: dicts of tensors with `input_ids` (B, T), one text a row; labels are ignored.
 
     Raises:
         ValueError: the model has no layer with experts, or its last one no clusters.
@@ -79,32 +90,67 @@ def sequence_clusters(model: nn.Module, batches: Batches) -> SequenceClusters:
     if not count:
         raise ValueError(f"model has no clusters in its last routed module {site}: train it past its warm-up first.")
     model.eval()
+    read = _by_evidence if base.config.cse_routing == "evidence" else _by_states
+    ids, agreement, (embeddings, distances, clusters, centroids) = read(base, batches)
+    owners = module.router.cluster_expert[:count].cpu().numpy()
+    return SequenceClusters(embeddings, distances, clusters, agreement, centroids, owners, _rows(ids))
+
+
+def _by_evidence(base: nn.Module, batches: Batches):
+    router = base.evidence_router
+    count = int((router.log_shares > torch.finfo(torch.float32).min).sum())
+    ids, agreement, whole = [], [], []
+    for inputs, mask in _inputs(base, batches):
+        scores = router.scores(inputs["input_ids"], inputs.get("attention_mask"))[..., :count].cpu()
+        ids.append(inputs["input_ids"].cpu().masked_fill(~mask, -1))
+        whole.append(scores[:, -1].double())
+        agreement.append(_agreement(scores.argmax(-1), whole[-1].argmax(-1), mask))
+    scores = torch.cat(whole).numpy()
+    # over the other clusters: the log of a posterior near 1 would be the same 0 for all that are sure
+    others = np.where(np.eye(count, dtype=bool), -np.inf, scores[:, None, :])
+    distances = np.logaddexp(0.0, logsumexp(others, axis=-1) - scores)
+    embeddings = embed_texts(_rows(ids), base.config.vocab_size, seed=0)
+    centroids = softmax(-distances, axis=0).T @ embeddings
+    found = embeddings, distances, scores.argmax(1), centroids.astype(np.float32)
+    return ids, torch.cat(agreement).numpy(), found
+
+
+def _by_states(base: nn.Module, batches: Batches):
+    site, module = list(base.routed_modules().items())[-1]
     collector = FeatureCollector(base, capacity=1 << 40, tokens_per_sequence=1, training_only=False)
     collector.attach([site])
     collector.enabled = True
-    routes, masks = [], []
-    for batch in batches:
-        inputs = {name: value.to(base.device) for name, value in batch.items() if name != "labels"}
+    ids, routes, masks = [], [], []
+    for inputs, mask in _inputs(base, batches):
         routes.append(base(**inputs, output_cluster_ids=True).cluster_ids[-1].cpu())
-        mask = inputs.get("attention_mask")
-        masks.append(torch.ones_like(routes[-1]).bool() if mask is None else mask.bool().cpu())
+        masks.append(mask)
+        ids.append(inputs["input_ids"].cpu().masked_fill(~mask, -1))
     collector.detach()
     embeddings = collector.stores[site].as_it_is().embeddings
-    centroids = module.router.centroids[:count].cpu()
+    centroids = module.router.centroids[: module.router.num_clusters].cpu()
     distances = torch.cdist(embeddings, centroids, compute_mode="donot_use_mm_for_euclid_dist")
     clusters = distances.argmin(1)
-    agreement, start = [], 0
-    for ids, mask in zip(routes, masks, strict=True):
-        late = mask & (mask.cumsum(1) > CONTEXT)
-        counted = torch.where(late.any(1, keepdim=True), late, mask)
-        own = clusters[start : start + len(ids)].unsqueeze(1)
-        agreement.append(((ids == own) & counted).sum(1).double() / counted.sum(1).clamp_min(1))
-        start += len(ids)
-    return SequenceClusters(
-        embeddings.numpy(),
-        distances.numpy(),
-        clusters.numpy(),
-        torch.cat(agreement).numpy(),
-        centroids.numpy(),
-        module.router.cluster_expert[:count].cpu().numpy(),
-    )
+    own = clusters.split([len(rows) for rows in ids])
+    agreement = torch.cat([_agreement(*each) for each in zip(routes, own, masks, strict=True)])
+    return ids, agreement.numpy(), (embeddings.numpy(), distances.numpy(), clusters.numpy(), centroids.numpy())
+
+
+def _inputs(base: nn.Module, batches: Batches) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """What the base model is fed, and which tokens (B, T) bool are no padding, on the CPU."""
+    for batch in batches:
+        inputs = {name: value.to(base.device) for name, value in batch.items() if name != "labels"}
+        mask = inputs.get("attention_mask")
+        yield inputs, (torch.ones_like(inputs["input_ids"]) if mask is None else mask).bool().cpu()
+
+
+def _agreement(routes: torch.Tensor, clusters: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Share of the tokens (B, T) that are routed to the cluster (B,) of their sequence, (B,) fp64."""
+    late = mask & (mask.cumsum(1) > CONTEXT)
+    counted = torch.where(late.any(1, keepdim=True), late, mask)
+    return ((routes == clusters.unsqueeze(1)) & counted).sum(1).double() / counted.sum(1).clamp_min(1)
+
+
+def _rows(ids: list[torch.Tensor]) -> np.ndarray:
+    """Batches (B, T) of several lengths as one array (N, L), -1 where there is nothing."""
+    longest = max(rows.shape[1] for rows in ids)
+    return torch.cat([F.pad(rows, (0, longest - rows.shape[1]), value=-1) for rows in ids]).numpy()

@@ -23,6 +23,8 @@ CONFIGURATION = Path(__file__).resolve().parents[2] / "configuration"
 # What goes with a configuration: vocabulary of the tokenizer that is trained on the text, and learning rate.
 SIZES = {"1m": (2048, 2.0e-3), "7m": (8192, 1.0e-3)}
 MOST_STEPS = 900
+# In a tenth of them the recipe must read more sequences than it looks for clusters.
+LEAST_STEPS = 20
 MOST_EPOCHS = 2
 
 
@@ -42,7 +44,7 @@ class ComparisonArguments:
 
     def __post_init__(self):
         for name, value in (("seeds", self.seeds), ("steps", self.steps)):
-            least = 1 if name == "seeds" else 12
+            least = 1 if name == "seeds" else LEAST_STEPS
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} is not allowed: it must be at least {least}.")
         if not self.train:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from ..analysis import passage, read_metrics, top_terms, typical_rows
+from ..clustering.evidence import separation
 from ..evaluation import SequenceClusters, sequence_clusters, sequence_losses
 from ..training.memory import replace_whole
 from .pretraining import RUNS, Pretraining
@@ -53,11 +54,14 @@ def measure(run: Pretraining, folder: Path) -> None:
         "experts": found.experts,
     }
     facts = {
+        "kind": _kind(models["cse"]),
         "domains": domains,
         "sample_domains": ["all"] * len(drawn) if known is None else [known[row] for row in drawn],
-        "clusters": _describe(run, sample, found),
+        "clusters": _describe(run, sample, found, _clarities(models["cse"], found, own)),
+        "posterior_gate": models["cse"].config.gate == "posterior",
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
         "active_parameters": _active(models["cse"]),
+        "evidence": _evidence(models["cse"]),
         **_logged(folder),
     }
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -77,15 +81,35 @@ def _batches(run: Pretraining, blocks: Dataset) -> Iterable[dict[str, torch.Tens
     return DataLoader(blocks, run.args.per_device_eval_batch_size, collate_fn=default_data_collator)
 
 
-def _describe(run: Pretraining, sample: Dataset, found: SequenceClusters) -> list[dict[str, Any]]:
-    """Share, expert, silhouette (mean of its members, -1 to 1), agreement, words and typical sequences of each
-    cluster."""
+def _kind(model: torch.nn.Module) -> str:
+    """Of the clusters, a key of `CLARITY`."""
+    return "evidence" if model.config.cse_routing == "evidence" else "states"
+
+
+def _clarities(model: torch.nn.Module, sample: SequenceClusters, held_out: SequenceClusters) -> list[float | None]:
+    """How clear each cluster is: its separation on held-out sequences, or the mean silhouette of its members in the
+    sample, -1 to 1. None where it has none of either."""
+    count = len(sample.experts)
+    if _kind(model) == "evidence":
+        known = sample.ids, sample.clusters, held_out.ids, held_out.clusters
+        found = separation(*known, count, model.config.vocab_size)
+    else:
+        found = np.full(count, np.nan)
+        members = np.unique(sample.clusters)
+        if 1 < len(members) < len(sample.clusters):
+            silhouettes = silhouette_samples(sample.embeddings, sample.clusters)
+            found[members] = [silhouettes[sample.clusters == label].mean() for label in members]
+    return [None if np.isnan(value) else float(value) for value in found]
+
+
+def _describe(
+    run: Pretraining, sample: Dataset, found: SequenceClusters, clarities: list[float | None]
+) -> list[dict[str, Any]]:
+    """Share, expert, clarity, agreement, words and typical sequences of each cluster."""
     texts = [run.tokenizer.decode(ids, skip_special_tokens=True) for ids in sample["input_ids"]]
-    count = len(found.centroids)
+    count = len(found.experts)
     terms = top_terms(texts, found.clusters, count)
     typical = typical_rows(found.distances, found.clusters)
-    several = 1 < len(np.unique(found.clusters)) < len(texts)
-    silhouettes = silhouette_samples(found.embeddings, found.clusters) if several else None
     described = []
     for label in range(count):
         members = found.clusters == label
@@ -93,7 +117,7 @@ def _describe(run: Pretraining, sample: Dataset, found: SequenceClusters) -> lis
             {
                 "share": float(members.mean()),
                 "expert": int(found.experts[label]),
-                "silhouette": float(silhouettes[members].mean()) if several and members.any() else None,
+                "clarity": clarities[label],
                 "agreement": float(found.agreement[members].mean()) if members.any() else None,
                 "terms": terms[label],
                 "typical": [passage(texts[row]) for row in typical[label]],
@@ -110,6 +134,11 @@ def _active(model: torch.nn.Module) -> int:
         total -= experts
         total += experts // module.num_experts if model.config.cse_combine == "add" else 0
     return total
+
+
+def _evidence(model: torch.nn.Module) -> list[int] | None:
+    """Rows and columns of the table of evidence, which is no parameter; None without one."""
+    return list(model.base_model.evidence_router.shape) if _kind(model) == "evidence" else None
 
 
 def _logged(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.metrics import adjusted_mutual_info_score
 
 from ..analysis import (
-    RULES,
+    CLARITY,
     Gain,
     Losses,
     Verdict,
@@ -22,6 +22,7 @@ from ..analysis import (
     plot_gains,
     plot_run,
     read_metrics,
+    rules,
 )
 from ..hub.cards import escape, one_line
 from .extract import Extract
@@ -48,26 +49,27 @@ def write_page(folder: Path, extract: Extract, parts: list[Path], settings: dict
     arrays, facts = map(list, zip(*map(read_measured, parts), strict=True))
     gains = group_gains(arrays, with_domains=extract.domains is not None)
     agreement = float(np.mean([part["agreement"].mean() for part in arrays]))
-    silhouettes = [clearest(fact["clusters"]) for fact in facts]
-    silhouette = None if None in silhouettes else float(np.mean(silhouettes))
-    verdict = judge(gains.get(TAIL), gains.get(COMMON), silhouette, agreement, len(parts))
+    clarities = [clearest(fact["clusters"]) for fact in facts]
+    clarity = None if None in clarities else float(np.mean(clarities))
+    kind = facts[0]["kind"]
+    verdict = judge(gains.get(TAIL), gains.get(COMMON), clarity, agreement, len(parts), kind)
     found = {
         "settings": settings,
         "extract": {name: value for name, value in asdict(extract).items() if name != "folder"},
         "interval": _interval(len(parts)),
-        "silhouette": silhouette,
+        CLARITY[kind].name: clarity,
         "agreement": agreement,
         "gains": {name: asdict(gain) for name, gain in gains.items()},
         "verdict": asdict(verdict),
         "seeds": facts,
         "domains": None if extract.domains is None else domain_table(arrays[0]),
     }
-    _draw(folder, parts, arrays[0], gains, extract.domains is not None)
+    _draw(folder, parts, arrays[0], gains, kind, extract.domains is not None)
     (folder / "page.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sections = [
         _head(extract, settings, len(parts)),
-        _verdict_section(verdict, found),
-        _gains_section(gains, found["interval"]),
+        _verdict_section(verdict, found, kind),
+        _gains_section(gains, facts[0]),
         _clusters_section(facts[0], agreement, len(parts)),
         *([] if found["domains"] is None else [_domains_section(found["domains"], facts[0], extract)]),
         _cost_section(facts),
@@ -104,9 +106,9 @@ def group_gains(arrays: list[Arrays], with_domains: bool) -> dict[str, Gain]:
 
 
 def clearest(clusters: list[dict[str, Any]]) -> float | None:
-    """Silhouette of the clearest cluster with an expert: common text may well be one cloud that is cut somewhere, and
+    """Clarity of the clearest cluster with an expert: common text may well be one cloud that is cut somewhere, and
     one rare domain that stands apart is enough. None without such a cluster."""
-    found = [part["silhouette"] for part in clusters if part["expert"] >= 0 and part["silhouette"] is not None]
+    found = [part["clarity"] for part in clusters if part["expert"] >= 0 and part["clarity"] is not None]
     return max(found, default=None)
 
 
@@ -125,13 +127,16 @@ def domain_table(part: Arrays) -> dict[str, Any]:
     }
 
 
-def _draw(folder: Path, parts: list[Path], first: Arrays, gains: dict[str, Gain], with_domains: bool) -> None:
+def _draw(
+    folder: Path, parts: list[Path], first: Arrays, gains: dict[str, Gain], kind: str, with_domains: bool
+) -> None:
     runs = {name: read_metrics(parts[0] / name / "metrics.jsonl") for name in RUNS}
     plot_run(runs, None, folder / "losses.png")
     plot_gains(gains, _short_interval(len(parts)), folder / "gains.png")
     domains = first["sample_domains"].tolist() if with_domains else None
     names = ("sample_embeddings", "sample_clusters", "centroids", "experts")
-    plot_found_clusters(*(first[name] for name in names), domains, folder / "clusters.png")
+    by = {"evidence": "words", "states": "mean state"}[kind]
+    plot_found_clusters(*(first[name] for name in names), domains, folder / "clusters.png", by)
 
 
 # ---- sections ------------------------------------------------------------------------------------------------------
@@ -159,48 +164,63 @@ def _head(extract: Extract, settings: dict[str, Any], seeds: int) -> str:
     )
 
 
-def _verdict_section(verdict: Verdict, found: dict[str, Any]) -> str:
+def _verdict_section(verdict: Verdict, found: dict[str, Any], kind: str) -> str:
     lines = [f"## Worth it? {verdict.answer[0].upper()}{verdict.answer[1:]}.\n"]
     lines += [f"- {sentence}" for sentence in verdict.reasons]
     lines += [f"- What to do: {sentence}" for sentence in verdict.advice]
     lines.append(f"- Intervals are {found['interval']}.")
-    return "\n".join(lines) + f"\n\n{RULES}\n"
+    return "\n".join(lines) + f"\n\n{rules(kind)}\n"
 
 
-def _gains_section(gains: dict[str, Gain], interval: str) -> str:
+def _gains_section(gains: dict[str, Gain], first: dict[str, Any]) -> str:
     rows = [["validation perplexity", "sequences", "dense", "CSE", "CSE / dense", "95 % interval"]]
     for name, gain in gains.items():
         span = "too few sequences" if gain.low is None else f"{gain.low:.3f} to {gain.high:.3f}"
         numbers = [f"{gain.dense:.2f}", f"{gain.cse:.2f}", f"{gain.ratio:.3f}", span]
         rows.append([escape(name), str(gain.sequences), *numbers])
-    text = (
-        "A held-out sequence belongs to the cluster whose centroid is nearest to its mean state in the last layer "
-        "with experts; that looks at its text and not at its loss."
-    )
+    text = {
+        "evidence": "A held-out sequence belongs to the cluster that is likeliest by all of its tokens; that looks at "
+        "its text and not at its loss. The model itself routes a token by what it has read so far.",
+        "states": "A held-out sequence belongs to the cluster whose centroid is nearest to its mean state in the last "
+        "layer with experts; that looks at its text and not at its loss.",
+    }[first["kind"]]
+    if first["posterior_gate"]:
+        text += (
+            " An expert counts for the probability of its cluster, so that tokens of common text may get a part of "
+            "one."
+        )
     return f"## Who gains what\n\n{_table(rows)}\n{text}\n\n![Ratio by group](gains.png)\n\n![Losses](losses.png)\n"
 
 
 def _clusters_section(first: dict[str, Any], agreement: float, seeds: int) -> str:
-    head = ["cluster", "telling words", "share", "silhouette", "tokens that find it"]
-    rows = [head]
+    clarity = CLARITY[first["kind"]]
+    rows = [["cluster", "telling words", "share", clarity.name, "tokens that find it"]]
     clusters = first["clusters"]
     names = cluster_names(np.array([cluster["expert"] for cluster in clusters]))
     for name, cluster in zip(names, clusters, strict=True):
         words = escape(", ".join(cluster["terms"])) or "–"
         found = "–" if cluster["agreement"] is None else f"{cluster['agreement']:.0%}"
-        clear = "–" if cluster["silhouette"] is None else f"{cluster['silhouette']:.2f}"
+        clear = "–" if cluster["clarity"] is None else f"{cluster['clarity']:.2f}"
         rows.append([name, words, f"{cluster['share']:.0%}", clear, found])
     passages = [
         f"- {name}: " + " / ".join(f"“{escape(text)}”" for text in cluster["typical"])
         for name, cluster in zip(names, clusters, strict=True)
     ]
-    fit = first["fit"]
+    fit, whose = first["fit"], "the only seed" if seeds == 1 else "seed 0"
+    if first["kind"] == "evidence":
+        where = f"of {whose}, the same in all layers with experts, found at step {fit['step']}"
+        how, nearest = "by what is read up to them", "Surest of each cluster"
+    else:
+        where = (
+            f"of {whose}, {escape(first['site'])}, the last fit at step {fit['step']} (distance between centroids "
+            f"over the radius {fit['clarity']:.2f})"
+        )
+        how, nearest = "from their own state", "Nearest to each centroid"
     text = (
-        "Silhouette: 1 stands far apart, 0 is a cloud cut somewhere; distance between centroids over the radius "
-        f"{fit['clarity']:.2f} at the last fit (step {fit['step']}); of the held-out tokens behind the first 32 of "
-        f"their sequence {agreement:.0%} find its cluster from their own state. Clusters of "
-        f"{'the only seed' if seeds == 1 else 'seed 0'}, {escape(first['site'])}, on a sample of training sequences. "
-        "Words: log-odds against all other sequences. Nearest to each centroid:"
+        f"{clarity.meaning}. Of the held-out tokens behind the first 32 of their sequence {agreement:.0%} find its "
+        f"cluster {how}. A common cluster owns no expert: it is one of the largest, or none was free. Clusters "
+        f"{where}; shares, words and passages of a sample of training sequences. Words: log-odds against all other "
+        f"sequences. {nearest}:"
     )
     return f"## Clusters\n\n{_table(rows, 2)}\n{text}\n\n" + "\n".join(passages) + "\n\n![Clusters](clusters.png)\n"
 
@@ -230,7 +250,11 @@ def _cost_section(facts: list[dict[str, Any]]) -> str:
     parameters = facts[0]["parameters"]
     rows.append(["parameters", f"{parameters['dense']:,}", f"{parameters['cse']:,}"])
     rows.append(["working for one token", f"{parameters['dense']:,}", f"up to {facts[0]['active_parameters']:,}"])
-    text = (
+    text = ""
+    if facts[0]["evidence"] is not None:
+        tokens, columns = facts[0]["evidence"]
+        text += f"The table of evidence ({tokens:,} tokens by {columns} clusters) is counted, no parameter. "
+    text += (
         "More parameters alone help too: a dense model widened to as many would spend them on every token, and is not "
         "measured here. Small models answer for small models."
     )

@@ -24,8 +24,11 @@ def test_ratios_stand_with_their_intervals(tmp_path, drawn):
 def test_clusters_have_their_colour_and_share(tmp_path, drawn, domains):
     embeddings = np.random.default_rng(0).normal(size=(30, 5))
     clusters, experts = np.repeat([0, 1, 2], [18, 9, 3]), np.array([-1, 2, -1])
-    plot_found_clusters(embeddings, clusters, embeddings[[0, 20, 29]], experts, domains, tmp_path / "clusters.png")
+    plot_found_clusters(
+        embeddings, clusters, embeddings[[0, 20, 29]], experts, domains, tmp_path / "clusters.png", "words"
+    )
     scatter, bars = drawn[0].axes
+    assert scatter.get_title(loc="left") == "Sequences, by their words"
     assert [bar.get_width() for bar in bars.patches] == pytest.approx([0.6, 0.3, 0.1])
     assert len({bar.get_facecolor() for bar in bars.patches}) == 3
     labels = [label.get_text() for label in bars.get_yticklabels()]

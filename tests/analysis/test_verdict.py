@@ -3,7 +3,7 @@
 
 import pytest
 
-from modeling_cse.analysis import Gain, judge
+from modeling_cse.analysis import CLARITY, Gain, judge, rules
 
 
 def gain(low, ratio, high) -> Gain:
@@ -32,30 +32,39 @@ NOTHING, WIDE, FEW = gain(0.995, 1.0, 1.005), gain(0.9, 0.98, 1.07), gain(None, 
     ],
 )
 def test_intervals_decide(tail, common, answer):
-    verdict = judge(tail, common, silhouette=0.6, agreement=0.9, seeds=3)
+    verdict = judge(tail, common, clearest=0.6, agreement=0.9, seeds=3, kind="evidence")
     assert verdict.answer == answer
     assert len(verdict.reasons) == (1 if common is None else 2)
     assert bool(verdict.advice) == (answer != "yes")
 
 
 @pytest.mark.parametrize(
-    ("tail", "silhouette", "agreement", "reason"),
+    ("tail", "clearest", "agreement", "kind", "reason"),
     [
-        (GAINS, 0.2, 0.9, "silhouette of 0.20"),
-        (GAINS, None, 0.9, "none has an expert"),
-        (GAINS, 0.6, 0.4, "40% of the tokens"),
-        (None, 0.6, 0.9, "no held-out sequence belongs"),
+        (GAINS, 0.25, 0.9, "states", "silhouette of 0.25, under 0.28"),
+        (GAINS, 0.15, 0.9, "evidence", "separation in nats a token of 0.15, under 0.2"),
+        (GAINS, None, 0.9, "evidence", "no cluster with an expert has text"),
+        (GAINS, 0.6, 0.4, "evidence", "40% of the tokens"),
+        (None, 0.6, 0.9, "states", "no held-out sequence belongs"),
     ],
 )
-def test_without_clear_clusters_there_is_no_yes(tail, silhouette, agreement, reason):
-    verdict = judge(tail, NOTHING, silhouette, agreement, seeds=3)
+def test_without_clear_clusters_there_is_no_yes(tail, clearest, agreement, kind, reason):
+    verdict = judge(tail, NOTHING, clearest, agreement, 3, kind)
     assert verdict.answer == ("no" if tail is None else "cannot tell") and reason in verdict.reasons[0]
-    assert judge(NOTHING, NOTHING, silhouette, agreement, seeds=3).answer == "no" or tail is None
-    assert judge(WIDE, NOTHING, 0.2, 0.9, seeds=3).answer == "no"
+    assert judge(NOTHING, NOTHING, clearest, agreement, 3, kind).answer == "no" or tail is None
+    assert judge(WIDE, NOTHING, 0.1, 0.9, 3, kind).answer == "no"
+
+
+def test_each_kind_of_cluster_has_a_threshold_of_its_own():
+    """0.25 is clear by separation, and not by silhouette; the rules that are printed say the same."""
+    assert judge(GAINS, NOTHING, 0.25, 0.9, 3, "evidence").answer == "yes"
+    assert judge(GAINS, NOTHING, 0.25, 0.9, 3, "states").answer == "cannot tell"
+    for kind, clarity in CLARITY.items():
+        assert f"{clarity.phrase} {clarity.clear} or more" in rules(kind)
 
 
 def test_one_seed_is_told_to_be_one():
-    advice = " ".join(judge(GAINS, NOTHING, 0.6, 0.9, seeds=1).advice)
+    advice = " ".join(judge(GAINS, NOTHING, 0.6, 0.9, 1, "evidence").advice)
     assert "--seeds" in advice and "noise of training" in advice
-    assert "More seeds than 3" in " ".join(judge(WIDE, NOTHING, 0.6, 0.9, seeds=3).advice)
-    assert "--validation" in " ".join(judge(FEW, NOTHING, 0.6, 0.9, seeds=1).advice)
+    assert "More seeds than 3" in " ".join(judge(WIDE, NOTHING, 0.6, 0.9, 3, "evidence").advice)
+    assert "--validation" in " ".join(judge(FEW, NOTHING, 0.6, 0.9, 1, "evidence").advice)

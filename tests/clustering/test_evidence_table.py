@@ -9,7 +9,8 @@ from scipy.special import log_softmax
 from text_rows import VOCAB, texts
 
 from modeling_cse.clustering import Evidence
-from modeling_cse.clustering.evidence import SMOOTHINGS, TEMPERS
+from modeling_cse.clustering.evidence import SMOOTHINGS, TEMPERS, log_ratios, separation
+from modeling_cse.clustering.texts import count_tokens
 
 
 def fitted(own: float = 0.5, every: int = 5):
@@ -104,3 +105,17 @@ def test_texts_of_no_cluster_teach_nothing():
 def test_without_clusters_no_text_has_one():
     none = Evidence(np.zeros((VOCAB, 0), np.float32), np.zeros(0))
     assert none.of_texts(texts()[0]).tolist() == [-1] * 64
+
+
+def test_separation_is_what_a_clusters_own_words_save():
+    """Mean log ratio of the tokens of its held-out texts; domains with words of their own have much, one cloud cut by
+    chance has none, and a cluster without a held-out text no figure."""
+    ids, domains = texts(count=400)
+    fresh, own = texts(count=200, seed=4)
+    found = separation(ids, domains, fresh, own, 4, VOCAB)
+    assert np.isnan(found[3]) and found[:3].min() > 0.25
+    table, rows = log_ratios(count_tokens(ids, VOCAB), domains, 3, 0.02), fresh[own == 1]
+    assert found[1] == pytest.approx(table[rows[rows >= 0], 1].mean(), rel=1e-5)
+    chance = np.random.default_rng(0)
+    cut, of_fresh = chance.permutation(domains), chance.permutation(own)
+    assert np.abs(separation(ids, cut, fresh, of_fresh, 3, VOCAB)).max() < 0.05

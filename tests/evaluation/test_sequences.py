@@ -48,8 +48,52 @@ def test_clusters_are_the_nearest_centroids_of_mean_states(model):
         counted = slice(32, count) if count > 32 else slice(0, count)
         assert found.clusters[row] == own
         assert found.agreement[row] == pytest.approx((ids_of[row, counted] == own).double().mean().item())
+    np.testing.assert_array_equal(found.ids, ids.masked_fill(mask == 0, -1))
     assert found.experts.tolist() == module.router.cluster_expert[:5].tolist()
     assert not model.base_model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("gate", ["hard", "posterior"])
+def test_clusters_by_evidence_are_the_likeliest_of_the_whole_text(gate, side):
+    """Whatever the gate makes of it: a rare expert that answers a little is not the cluster."""
+    model = activate(tiny_model("gpt2", cse_routing="evidence", cse_combine="add", cse_gate=gate))
+    texts = [token_ids(1, length, seed=length)[0] for length in (40, 35, 10, 38, 33, 36, 39)]
+    ids, mask = torch.zeros(2, 7, 40, dtype=torch.long)
+    for row, text in enumerate(texts):
+        place = slice(0, len(text)) if side == "right" else slice(40 - len(text), 40)
+        ids[row, place], mask[row, place] = text, 1
+    found, router = sequence_clusters(model, batches(ids, mask)), model.base_model.evidence_router
+    for row, text in enumerate(texts):
+        counts = torch.arange(1.0, len(text) + 1).double().unsqueeze(-1)
+        sums = router.evidence[text, :5].double().cumsum(0) / (1 + counts / 16).sqrt()
+        posterior = (sums + router.log_shares[:5].double()).log_softmax(-1)
+        own = int(posterior[-1].argmax())
+        assert found.clusters[row] == own
+        np.testing.assert_allclose(found.distances[row], -posterior[-1], rtol=1e-5, atol=1e-6)
+        late = posterior[32:] if len(text) > 32 else posterior
+        assert found.agreement[row] == pytest.approx((late.argmax(-1) == own).double().mean().item())
+    assert len(set(found.clusters)) > 2 and found.agreement.min() < 1
+    np.testing.assert_array_equal(found.ids, ids.masked_fill(mask == 0, -1))
+    assert found.embeddings.shape[0] == 7 and found.centroids.shape == (5, found.embeddings.shape[1])
+    assert (
+        found.experts.tolist()
+        == routed_modules(model)[list(routed_modules(model))[-1]].router.cluster_expert[:5].tolist()
+    )
+
+
+def test_sure_texts_are_told_apart_too():
+    """Their posterior is 1 in fp64, and they are still in order."""
+    model = activate(tiny_model("gpt2", cse_routing="evidence"))
+    table = torch.zeros(99, 2)
+    table[5], table[6] = torch.tensor([8.0, -8.0]), torch.tensor([8.0, -7.0])
+    model.base_model.evidence_router.write(table, torch.tensor([0.5, 0.5]))
+    for module in routed_modules(model).values():
+        module.router.cluster_sizes[2:] = 0
+    ids = torch.tensor([[6] * 40, [5] * 40, [6] * 39 + [5]])
+    found = sequence_clusters(model, batches(ids))
+    assert found.clusters.tolist() == [0, 0, 0] and found.distances[:, 0].argsort().tolist() == [1, 2, 0]
+    assert 0 < found.distances[:, 0].min() < 1e-16
 
 
 def test_a_model_without_clusters_is_named():

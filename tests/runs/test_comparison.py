@@ -22,10 +22,13 @@ from modeling_cse.runs.measuring import read_measured
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "data"
 RECIPE = """
+cse_routing: evidence
+cse_combine: add
 block_size: 64
+algorithm: text
 warmup: "0.3"
-num_clusters: [2, 4]
-sample_size: 32
+num_clusters: 4
+sample_size: 512
 common_share: 0.6
 compare_with_dense: true
 per_device_train_batch_size: 4
@@ -47,12 +50,15 @@ def corpus(tmp_path_factory) -> Path:
     kept = by_domain["general"][:40] + by_domain["legal"][:25] + by_domain["medical"][:25]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "states.yaml").write_text(
+        RECIPE.replace("cse_routing: evidence\n", "").replace("algorithm: text", "algorithm: kmeans")
+    )
     tiny_config("gpt2", vocab_size=600).save_pretrained(folder / "tiny")
     return folder
 
 
 def arguments(corpus, output, **changes) -> list[str]:
-    values = {"train": corpus / "text.jsonl", "output": output, "size": corpus / "tiny", "steps": 14}
+    values = {"train": corpus / "text.jsonl", "output": output, "size": corpus / "tiny", "steps": 20}
     values |= {"recipe": corpus / "recipe.yaml", **changes}
     return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
@@ -95,7 +101,35 @@ def test_its_numbers_are_those_of_the_runs(with_domains):
     assert np.sum(found["domains"]["table"]) == found["extract"]["blocks"]["train"]
     assert all(value > 0 for value in found["seeds"][0]["seconds"].values())
     parameters = found["seeds"][0]["parameters"]
-    assert parameters["dense"] < parameters["cse"] and found["seeds"][0]["active_parameters"] == parameters["dense"]
+    assert parameters["dense"] < found["seeds"][0]["active_parameters"] < parameters["cse"]
+
+
+def test_routes_by_evidence_are_told_as_such(with_domains):
+    output, found = with_domains
+    page, seed = (output / "page.md").read_text(encoding="utf-8"), found["seeds"][0]
+    assert seed["kind"] == "evidence" and seed["posterior_gate"] and seed["evidence"] == [600, 16]
+    own = "\n".join(line for line in page.splitlines() if not line.startswith(("- cluster", "| cluster")))
+    for wrong in ("state", "centroid", "silhouette", "discriminant", "layer_"):
+        assert wrong not in own  # the corpus may say what it likes
+    for right in ("likeliest by all of its tokens", "Surest of each", "separation", "counts for the probability"):
+        assert right in page
+    measured = [part["clarity"] for part in seed["clusters"] if part["expert"] >= 0 and part["clarity"] is not None]
+    assert found["separation"] == max(measured)
+    counted = {name: gain["sequences"] for name, gain in found["gains"].items() if name.startswith("cluster ")}
+    with_text = sum(part["clarity"] is not None for part in seed["clusters"])
+    assert len(counted) == with_text > 1  # separation is of held-out text
+
+
+def test_routes_by_hidden_states_are_told_as_such(corpus, tmp_path):
+    found = compare(arguments(corpus, tmp_path / "run", recipe=corpus / "states.yaml"))
+    page, seed = (tmp_path / "run" / "page.md").read_text(encoding="utf-8"), found["seeds"][0]
+    assert seed["kind"] == "states" and not seed["posterior_gate"] and seed["evidence"] is None
+    for right in ("nearest to its mean state", "Nearest to each centroid", "silhouette", "from their own state"):
+        assert right in page
+    for wrong in ("separation", "likeliest by all", "table of evidence", "counts for the probability"):
+        assert wrong not in page
+    measured = [part["clarity"] for part in seed["clusters"] if part["share"] > 0]  # a cluster may have no sequence
+    assert len(measured) > 1 and all(-1 <= clarity <= 1 for clarity in measured)
 
 
 def test_what_is_done_is_not_done_again_and_more_seeds_may_come(with_domains, corpus, monkeypatch, tmp_path):
@@ -112,7 +146,7 @@ def test_what_is_done_is_not_done_again_and_more_seeds_may_come(with_domains, co
     losses = [read_measured(output / f"seed_{seed}")[0]["dense"] for seed in range(2)]
     assert losses[0].shape == losses[1].shape and not np.allclose(*losses)  # the same text, other models
     with pytest.raises(ValueError, match=r"other settings of \['steps'\]"):
-        compare(arguments(corpus, output, domain_column="domain", steps=15))
+        compare(arguments(corpus, output, domain_column="domain", steps=21))
 
 
 def test_one_domain_is_answered_too(corpus, tmp_path):
@@ -140,7 +174,7 @@ def test_without_steps_the_text_is_read_twice_but_not_for_ever(corpus, blocks, s
         ({"text_column": "body"}, "text_column='body' is not a column"),
         ({"domain_column": "field"}, "domain_column='field' is not a column"),
         ({"size": "70b"}, r"size='70b' is not allowed: it must be one of \['1m', '7m'\]"),
-        ({"steps": 3}, "steps=3 is not allowed: it must be at least 12"),
+        ({"steps": 3}, "steps=3 is not allowed: it must be at least 20"),
         ({"seeds": 0}, "seeds=0 is not allowed"),
         ({"recipe": "none.yaml"}, "the recipe 'none.yaml' does not exist"),
     ],
