@@ -32,7 +32,7 @@ DOMAINS = ("general", "legal", "medical")
 SITE = "layer_1/ffn"
 CONFIG = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": BLOCK}
 TRAINING = {"per_device_train_batch_size": BATCH, "max_steps": STEPS}
-EXPERTS = {"cse_layers": [1], "cse_combine": "add", "cse_num_experts": 2}
+EXPERTS = {"cse_layers": [1], "cse_combine": "add", "cse_num_experts": 2, "cse_routing": "discriminant"}
 STAGE = {"num_train_epochs": 1, "learning_rate": 1e-3, "eval_steps": 2}
 ARMS = {
     "dense": Arm("dense", "dense"),

@@ -41,7 +41,7 @@ def test_static_shapes_give_what_gathering_gives(family, combine, owners, monkey
     model = activate(tiny_model(family, cse_combine=combine), owners=owners)
     ffn = routed_module(model, 2)
     expert_ids = torch.tensor(owners)[torch.randint(len(owners), (3, 10))]
-    monkeypatch.setattr(ffn.router, "forward", lambda states, context: (None, None, expert_ids))
+    monkeypatch.setattr(ffn.router, "forward", lambda states, context: (None, None, expert_ids, None))
     results = []
     for static in (False, True):
         choose_shapes(monkeypatch, static)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import (
     EVERY_HEAD,
+    FLAGS,
     LANGUAGE_HEADS,
     activate,
     dense_model,
@@ -103,7 +104,7 @@ def test_before_clusters_training_is_the_dense_models(family, head, combine, rou
 def test_dense_checkpoint_loads(family, head, combine, modules, tmp_path):
     dense = dense_model(family, head)
     dense.save_pretrained(tmp_path)
-    flags = {"cse_combine": combine, "cse_modules": modules}
+    flags = {**FLAGS[family], "cse_combine": combine, "cse_modules": modules}
     model, info = model_class(family, head).from_pretrained(tmp_path, **flags, output_loading_info=True)
     assert not info["unexpected_keys"] and not info["mismatched_keys"]
     assert info["missing_keys"] and all(map(is_own, info["missing_keys"]))

@@ -292,7 +292,8 @@ def test_every_new_choice_reaches_a_run(tmp_path):
     changes |= {"num_clusters": None, "update": "recluster+ema", "recluster_every": 2}
     changes |= {"recluster_growth": 1.5, "recluster_until": "0.9"}
     run = [*flags(tmp_path / "run", **changes), "--cse_modules", "attention", "ffn", "--num_clusters", "2", "4"]
-    pretrain(GPT2, [*run, "--algorithm", "spherical", "--projection", "8"])
+    run += ["--cse_routing", "discriminant", "--algorithm", "spherical", "--projection", "8"]
+    pretrain(GPT2, run)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "cse")
     assert len(model.config.cse_layers) == 1 and model.config.cse_modules == ["attention", "ffn"]
     entries = metrics(tmp_path / "run" / "cse" / "metrics.jsonl")

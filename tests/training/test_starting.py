@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from tiny import (
     EVERY_HEAD,
+    FLAGS,
     dense_model,
     first_tensor,
     labelled,
@@ -176,7 +177,7 @@ def test_auto_takes_the_layers_of_the_clearest_clusters(family, budget):
     dense, data = knowing(family, **{"n_layer" if family == "gpt2" else "num_hidden_layers": 5}), rows()
     expected = clarity_by_hand(dense, data, 3)
     model, info = from_dense(
-        dense, data, cse_layers="auto", layer_budget=budget, num_clusters=3, output_fit_info=True
+        dense, data, cse_layers="auto", layer_budget=budget, num_clusters=3, output_fit_info=True, **FLAGS[family]
     )
     assert [info["clarity"][layer] for layer in range(5)] == pytest.approx(expected, rel=0.02)
     best = sorted(sorted(range(5), key=lambda layer: -expected[layer])[: budget or 2])
@@ -225,7 +226,7 @@ def test_batches_are_taken_as_fit_experts_takes_them(family):
     wanted = tiny_model(family)
     wanted.load_state_dict(dense.state_dict(), strict=False)
     metrics = fit_experts(wanted, batches, **CLUSTERS)
-    got, info = from_dense(dense, iter(batches), batch_size=None, output_fit_info=True, **CLUSTERS)
+    got, info = from_dense(dense, iter(batches), batch_size=None, output_fit_info=True, **CLUSTERS, **FLAGS[family])
     assert same(routers(got), routers(wanted))
     assert {**info["metrics"], "cse/seconds": 0} == {**metrics, "cse/seconds": 0}
     assert info["cse_layers"] == [1, 2] and info["clarity"] == {}
@@ -338,7 +339,7 @@ def test_wrong_settings_of_clusters_are_refused():
 
 
 def test_too_little_data_is_refused():
-    with pytest.raises(ValueError, match="num_clusters=6 is more than the 4 sequences"):
+    with pytest.raises(ValueError, match="num_clusters=10 is more than the 4 sequences"):
         from_dense(dense_model("gpt2"), rows(4))
     with pytest.raises(ValueError, match="no sequence reached"):
         from_dense(dense_model("gpt2"), [])
