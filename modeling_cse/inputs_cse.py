@@ -8,6 +8,15 @@ from transformers import Cache
 from .routing_cse import shapes_may_depend_on_data
 
 
+def holds_tokens(past_key_values: Cache | None) -> bool:
+    """Whether tokens stand before those of a call. A static cache counts them in a tensor: a program that is exported
+    with one is taken to go on, as all of its calls but the first do."""
+    length = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if torch.compiler.is_exporting() and isinstance(length, torch.Tensor):
+        return True
+    return bool(length > 0)
+
+
 def check_inputs(
     tables: dict[str, nn.Embedding],
     hidden_size: int,
@@ -73,4 +82,4 @@ def _check_indices(name: str, indices: torch.Tensor, rows: int | None, length: i
             raise ValueError(f"{name} from {low} to {high} is not allowed: it must be from 0 to {rows - 1}.")
 
 
-__all__ = ["check_inputs"]
+__all__ = ["check_inputs", "holds_tokens"]

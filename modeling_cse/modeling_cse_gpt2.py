@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .configuration_cse import CSEGPT2Config
 from .dispatch_cse import RoutedAttention, RoutedBlock, RoutedFFN, RoutedModule, RoutedProjection, unchanged
 from .experts_cse import CSEExperts, ExpertsEntrance
-from .inputs_cse import check_inputs
+from .inputs_cse import check_inputs, holds_tokens
 from .losses_cse import sums_over_the_step
 from .outputs_cse import CSECausalLMOutput, carries_routing
 from .pretrained_cse import CSEBaseMixin, CSEPreTrainedMixin
@@ -168,7 +168,7 @@ class CSEGPT2Model(CSEBaseMixin, CSEGPT2PreTrainedModel, GPT2Model):
         )
 
     def _check_that_sequences_are_whole(self, past_key_values) -> None:
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        if holds_tokens(past_key_values):
             raise ValueError(
                 "past_key_values is not empty, which cse_routing='sequence' does not allow: a route over the whole "
                 "sequence cannot be read from its last tokens. Use cse_routing='discriminant'."

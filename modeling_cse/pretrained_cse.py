@@ -8,6 +8,7 @@ from transformers.utils import logging
 from .dispatch_cse import RoutedModule, RoutedProjection, Site, is_quantized
 from .evidence_cse import EvidenceRouter
 from .experts_cse import FusedExperts
+from .inputs_cse import holds_tokens
 from .routing_cse import ClusterRouter
 
 
@@ -242,7 +243,7 @@ class CSEBaseMixin:
                 "inputs_embeds without given_clusters is not allowed with cse_routing='evidence', which reads tokens: "
                 "pass input_ids, or given_clusters=base_model.read_clusters(input_ids)."
             )
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        if holds_tokens(past_key_values):
             raise ValueError(
                 "past_key_values without given_clusters is not allowed with cse_routing='evidence', which reads texts "
                 "from their beginning: pass given_clusters=base_model.read_clusters(all_ids)[:, -new:], as generate() "

@@ -25,6 +25,7 @@ EVENTS = ("step_begin", "substep_end", "pre_optimizer_step", "optimizer_step", "
 PARTS_OF_A_FIT = (
     (callback, "gather_features"),
     (callback, "fit_layers"),
+    (fitting, "fit_joint"),
     (fitting, "fit_layer"),
     (fitting, "write_fit"),
     (clustering_fitting, "find_clusters"),

@@ -27,7 +27,7 @@ from .places import Kill, Places, PlacesOfTheTrainer
 
 VOCAB, LENGTH = 99, 12
 GPT2_SIZES = {"vocab_size": VOCAB, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "pad_token_id": 0}
-GPT2_SIZES |= {"bos_token_id": 1, "eos_token_id": 2}
+GPT2_SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "cse_combine": "replace", "cse_routing": "discriminant"}
 BERT_SIZES = {"vocab_size": VOCAB, "max_position_embeddings": 16, "hidden_size": 16, "num_hidden_layers": 2}
 BERT_SIZES |= {"num_attention_heads": 2, "intermediate_size": 32, "pad_token_id": 0}
 MODELS = {
@@ -64,6 +64,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "flags": {"cse_combine": "add", "cse_layers": "auto"},
         "clusters": {"warmup": "auto", "layer_budget": 1},
         "training": {"save_steps": 1, "save_total_limit": 2},
+    },
+    "gpt2-add-texts-by-evidence": {
+        "family": "gpt2",
+        "flags": {"cse_combine": "add", "cse_routing": "evidence"},
+        "clusters": {"algorithm": "text"},
     },
     "bert-ffn-recluster-accumulated": {
         "family": "bert",
@@ -114,7 +119,7 @@ def run(variant: str, folder: Path, kill: Kill | None, tell: int) -> dict[str, i
     chosen = VARIANTS[variant]
     config_class, model_class, sizes = MODELS[chosen["family"]]
     torch.manual_seed(0)
-    model = model_class(config_class(**sizes, **chosen.get("flags", {})))
+    model = model_class(config_class(**{**sizes, **chosen.get("flags", {})}))
     options = {"warmup": 3, "recluster_every": 4, "num_clusters": 3, "common_share": 0.4, "sample_size": 16}
     clusters = ClusterExpertsCallback(**{**options, **chosen.get("clusters", {})})
     training = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}

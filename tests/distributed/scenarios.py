@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from tiny import tiny_model
+from tiny import EVIDENCE, tiny_model
 from tiny_runs import Watcher, history, make_trainer, rows, settings
 
 from benchmarks.ranks import train as measured_run
@@ -29,8 +29,8 @@ BOTH = {"cse_modules": ["attention", "ffn"]}
 
 
 class SampleWatcher(ClusterExpertsCallback):
-    """Notes, at each fit, which rows were sampled (their `given_clusters`), how many of them this rank had kept, and
-    what was written."""
+    """Notes, at each fit, which rows were sampled (their `given_clusters`, or all of their tokens), how many of them
+    this rank had kept, and what was written."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -40,10 +40,12 @@ class SampleWatcher(ClusterExpertsCallback):
         site = self._sites()[-1]
         store = self.collector.stores[site]
         sample = gather_features({site: store.as_it_is()}, self.sample_size)[site]
-        self.samples.append((sample.labels.tolist(), sample.embeddings))
+        numbers = sample.labels if sample.ids.shape[1] == 0 else sample.ids
+        self.samples.append((numbers.tolist(), sample.embeddings))
         self.kept.append(0 if store.all() is None else len(store.all()))
         metrics = super()._fit(optimizer)
-        self.routers.append({name: t.clone() for name, t in self.base.state_dict().items() if ".router." in name})
+        state = self.base.state_dict().items()
+        self.routers.append({name: t.clone() for name, t in state if ".router." in name or "evidence_router." in name})
         return metrics
 
 
@@ -116,11 +118,11 @@ def automatic(folder):
         GradientConsistency.__init__, warmup.LONGEST = original, longest
 
 
-def resumed(folder):
+def resumed(folder, start=run, update="recluster+ema"):
     """A run that saved at step 7, and one that goes on from there."""
-    saving = {"save_strategy": "steps", "save_steps": 7, "update": "recluster+ema"}
-    whole = run(folder, **saving)
-    return {"whole": whole, "resumed": run(folder, **saving, resume=str(Path(folder) / "checkpoint-7"))}
+    saving = {"save_strategy": "steps", "save_steps": 7, "update": update}
+    whole = start(folder, **saving)
+    return {"whole": whole, "resumed": start(folder, **saving, resume=str(Path(folder) / "checkpoint-7"))}
 
 
 @contextmanager
@@ -165,6 +167,13 @@ def sharded_resumed(folder):
     return {"whole": start(), "resumed": start(str(Path(folder) / "checkpoint-7"))}
 
 
+def by_evidence(folder, **options):
+    """Clusters of texts, read off each rank's own rows. A number in `given_clusters` would be taken for a route."""
+    model = tiny_model("gpt2", **EVIDENCE, **BOTH)
+    clusters = {"algorithm": "text", "sample_size": 32}
+    return run(folder, model=model, data=rows(length=24), clusters=clusters, **options)
+
+
 def sequential(made: list[dict]) -> dict:
     return {"data": made, "train_sampling_strategy": "sequential"}
 
@@ -197,6 +206,9 @@ SCENARIOS = {
     ),
     "automatic": automatic,
     "resumed": resumed,
+    "by_evidence": by_evidence,
+    "by_evidence_accumulated": lambda folder: by_evidence(folder, accumulation=2, gradient_checkpointing=True),
+    "by_evidence_resumed": lambda folder: resumed(folder, by_evidence, "recluster"),
     "sharded": lambda folder: sharded(
         folder, model=tiny_model("gpt2", **BOTH), eval_strategy="steps", eval_steps=5, per_device_eval_batch_size=4
     ),

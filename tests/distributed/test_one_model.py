@@ -8,7 +8,8 @@ from benchmarks.ranks import different_tensors, relative_difference
 
 
 TOLERANCE = 1e-5
-WITH_TWO = ["measured", "plain", "clipped", "accumulated", "masked", "one_sided", "padded", "automatic"]
+WITH_TWO = ["measured", "plain", "clipped", "accumulated", "masked", "one_sided", "padded", "automatic", "by_evidence"]
+WITH_TWO += ["by_evidence_accumulated"]
 CASES = [(name, 2) for name in WITH_TWO] + [(name, 4) for name in ("measured", "plain", "clipped")]
 
 pytestmark = pytest.mark.slow
@@ -35,10 +36,23 @@ def test_losses_are_those_of_one_process(outcome, name, processes):
 def test_clusters_and_owners_are_those_of_one_process(outcome, name, processes):
     one, ours = outcome(name)["state"], outcome(name, processes)[0]["state"]
     assert one.keys() == ours.keys()
-    for key in (key for key in one if ".router." in key):
+    for key in (key for key in one if "router." in key):
         assert torch.allclose(ours[key].double(), one[key].double(), rtol=1e-3, atol=1e-4), key
         if key.endswith(("cluster_sizes", "cluster_expert")):
             assert torch.equal(ours[key], one[key]), key
+
+
+@pytest.mark.parametrize("name", ["by_evidence", "by_evidence_accumulated"])
+def test_evidence_is_that_of_one_process_to_the_bit_at_every_fit(outcome, name):
+    """It is counted over the tokens of the same texts, whoever has seen them."""
+    one, ranks = outcome(name), outcome(name, 2)
+    assert len(one["routers"]) == 3 and all(own["samples"][0][0] == one["samples"][0][0] for own in ranks)
+    for own in ranks:
+        for ours, expected in zip(own["routers"], one["routers"], strict=True):
+            for key in ("evidence_router.evidence", "evidence_router.log_shares"):
+                assert torch.equal(ours[key], expected[key]) and expected[key].any()
+    shares = [entry.get("cse/layer_1/ffn/share_routed") for entry in one["history"]]
+    assert all(0 < share < 1 for share in shares if share is not None) and len(set(shares)) > 1
 
 
 def test_clipping_counts_the_gradient_of_all_ranks(outcome):

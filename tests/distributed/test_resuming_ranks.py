@@ -12,8 +12,9 @@ from benchmarks.ranks import different_tensors
 pytestmark = pytest.mark.slow
 
 
-def test_it_is_the_unbroken_run_bit_for_bit(outcome):
-    for own in outcome("resumed", 2):
+@pytest.mark.parametrize("name", ["resumed", "by_evidence_resumed"])
+def test_it_is_the_unbroken_run_bit_for_bit(outcome, name):
+    for own in outcome(name, 2):
         whole, resumed = own["whole"], own["resumed"]
         assert resumed["history"] == whole["history"] and whole["losses"]
         assert resumed["fits"] == [4, 6, 8]

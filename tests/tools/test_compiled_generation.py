@@ -3,14 +3,15 @@
 
 import pytest
 import torch
-from tiny import activate, tiny_model, token_ids
+from tiny import EVIDENCE, activate, tiny_model, token_ids
 from torch._dynamo.utils import counters
 
 
-@pytest.mark.parametrize("routing", ["discriminant", pytest.param("given", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("routing", ["discriminant", "evidence", pytest.param("given", marks=pytest.mark.slow)])
 def test_a_compiled_model_writes_the_same_text(routing):
     """Two graphs, prompt and token, whatever is generated and however often the clusters change."""
     flags = {"cse_modules": ["attention", "ffn"], "cse_routing": routing}
+    flags |= EVIDENCE if routing == "evidence" else {}
     model = activate(tiny_model("gpt2", n_layer=1, cse_layers=[0], **flags))
     ids = token_ids(2, 6)
     options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}

@@ -22,7 +22,7 @@ MODULES = (["attention", "ffn"], ["attention"], ["ffn"], ["attention", "ffn"])
 CASES = [
     (family, routing, ("replace", "add")[turn % 2], MODULES[turn % 4])
     for turn, (family, routing) in enumerate(product(("gpt2", "bert"), ("discriminant", "sequence", "given")))
-]
+] + [("gpt2", "evidence", "add", MODULES[0]), ("bert", "evidence", "replace", MODULES[2])]
 
 
 def one_layer(family: str, **flags):
@@ -78,18 +78,32 @@ def test_a_strict_program_too(family):
     assert_equal_everywhere(export(model, strict=True).module(), model)
 
 
-def test_a_program_with_a_static_cache_decodes_as_the_model_does():
-    model = activate(one_layer("gpt2", cse_modules=["attention", "ffn"]))
+def with_a_static_cache(model) -> nn.Module:
+    """What transformers' recipe for executorch makes: one token a call."""
     model.generation_config.cache_implementation = "static"
     model.generation_config.cache_config = {"batch_size": 1, "max_cache_len": 12}
     model.generation_config.use_cache = True
-    ids, places = token_ids(1, 8), torch.arange(8)
     recipe = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=12)
-    program = recipe.export(input_ids=ids[:, :1], cache_position=places[:1]).module()
+    return recipe.export(input_ids=token_ids(1, 1), cache_position=torch.arange(1)).module()
+
+
+def test_a_program_with_a_static_cache_decodes_as_the_model_does():
+    model = activate(one_layer("gpt2", cse_modules=["attention", "ffn"]))
+    program, ids, places = with_a_static_cache(model), token_ids(1, 8), torch.arange(8)
     with torch.no_grad():
         steps = [program(input_ids=ids[:, i : i + 1], cache_position=places[i : i + 1]) for i in range(8)]
         whole = model(ids).logits
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("routing", "complaint"),
+    [("evidence", "past_key_values without given_clusters"), ("sequence", "past_key_values is not empty")],
+)
+def test_routes_of_whole_texts_are_not_exported_with_a_cache(routing, complaint):
+    """The recipe hands on one token and no text. torch wraps what is raised while it traces."""
+    with pytest.raises(RuntimeError, match=complaint):
+        with_a_static_cache(activate(one_layer("gpt2", cse_routing=routing)))
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["forward", "export"])

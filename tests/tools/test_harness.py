@@ -14,6 +14,7 @@ from modeling_cse.data import train_tokenizer
 
 pytest.importorskip("lm_eval")
 
+ROUTINGS = ("discriminant", "sequence", "evidence")
 QUESTIONS = [
     {"text": "the court of law", "right": " heard the case", "wrong": " rained"},
     {"text": "the patient was", "right": " given a drug", "wrong": " a hill"},
@@ -37,18 +38,17 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model with experts, its tokenizer, and a task with data of its own."""
+    """A tiny model with experts for each routing, its tokenizer, and a task with data of its own."""
     root = tmp_path_factory.mktemp("harness")
     texts = [" ".join(question.values()) for question in QUESTIONS]
     tokenizer = train_tokenizer(texts * 3, kind="gpt2", vocab_size=300)
-    tokenizer.save_pretrained(root / "model")
     ids = {name: tokenizer.eos_token_id for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     torch.manual_seed(0)
-    for routing in ("discriminant", "sequence"):
+    for routing in ROUTINGS:
         config = CSEGPT2Config(**{**SIZES["gpt2"], **ids, "vocab_size": len(tokenizer), "cse_routing": routing})
         model = activate(model_class("gpt2", "ForCausalLM")(config).eval())
-        model.save_pretrained(root / ("model" if routing == "discriminant" else routing))
-    tokenizer.save_pretrained(root / "sequence")
+        model.save_pretrained(root / routing)
+        tokenizer.save_pretrained(root / routing)
     (root / "tasks").mkdir()
     data = root / "questions.jsonl"
     data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
@@ -56,10 +56,10 @@ def folder(tmp_path_factory):
     return root
 
 
-def loglikelihoods(folder) -> list[list[float]]:
+def loglikelihoods(folder, routing: str) -> list[list[float]]:
     """Of both answers to each question, one forward pass each."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    model = model_class("gpt2", "ForCausalLM").from_pretrained(folder / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / routing)
+    model = model_class("gpt2", "ForCausalLM").from_pretrained(folder / routing).eval()
     found = []
     for question in QUESTIONS:
         found.append([])
@@ -73,7 +73,8 @@ def loglikelihoods(folder) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("name", ["cse", "hf"])
-def test_loglikelihoods_are_those_of_the_model(folder, name):
+@pytest.mark.parametrize("routing", ["discriminant", "evidence"])
+def test_loglikelihoods_are_those_of_the_model(folder, name, routing):
     """Also through the harness's own `hf`, which knows the model once this package is imported."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -82,14 +83,14 @@ def test_loglikelihoods_are_those_of_the_model(folder, name):
 
     results = simple_evaluate(
         model=name,
-        model_args={"pretrained": str(folder / "model"), "dtype": "float32"},
+        model_args={"pretrained": str(folder / routing), "dtype": "float32"},
         tasks=["tiny_choice"],
         task_manager=TaskManager(include_path=str(folder / "tasks"), include_defaults=False),
         batch_size=3,
         device="cpu",
         bootstrap_iters=0,
     )
-    wanted = loglikelihoods(folder)
+    wanted = loglikelihoods(folder, routing)
     samples = sorted(results["samples"]["tiny_choice"], key=lambda sample: sample["doc_id"])
     found = [[float(answer[0][0]) for answer in sample["resps"]] for sample in samples]
     for ours, theirs in zip(found, wanted, strict=True):

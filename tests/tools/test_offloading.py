@@ -4,7 +4,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, infer_auto_device_map
-from tiny import activate, routed_modules, tiny_model, token_ids
+from tiny import EVIDENCE, activate, routed_modules, tiny_model, token_ids
 
 from modeling_cse import fit_experts
 
@@ -17,9 +17,10 @@ OTHERS = {
 
 
 def on_disk(family: str) -> dict[str, str]:
-    """The layers with experts on disk, all else in memory."""
+    """The layers with experts on disk, and what reads texts; all else in memory."""
     blocks = {f"{PREFIX[family]}.{index}": "cpu" if index == 0 else "disk" for index in range(3)}
-    return blocks | dict.fromkeys(OTHERS[family], "cpu")
+    reader = f"{PREFIX[family].split('.')[0]}.evidence_router"
+    return blocks | dict.fromkeys(OTHERS[family], "cpu") | {reader: "disk"}
 
 
 def loaded(family: str, how: str, model, folder):
@@ -46,9 +47,9 @@ HOW = ["cpu", "auto", "auto, short of memory", "disk", "cpu_offload", "disk_offl
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_logits_and_texts_are_those_of_the_model_in_memory(family, how, tmp_path):
-    flags = {"cse_modules": ["attention", "ffn"], "cse_routing": "discriminant"}
-    model, ids = activate(tiny_model(family, **flags)), token_ids()
+@pytest.mark.parametrize("flags", [{"cse_routing": "discriminant"}, EVIDENCE], ids=["discriminant", "evidence"])
+def test_logits_and_texts_are_those_of_the_model_in_memory(family, how, flags, tmp_path):
+    model, ids = activate(tiny_model(family, cse_modules=["attention", "ffn"], **flags)), token_ids()
     other = loaded(family, how, model, tmp_path)
     offloaded = {name for name, parameter in other.named_parameters() if parameter.is_meta}
     assert any(".experts." in name for name in offloaded) == (how not in ("cpu", "auto"))
@@ -70,8 +71,9 @@ def test_under_autocast_experts_compute_as_ever(family, how, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["disk", "cpu_offload"])
-def test_a_fit_refuses_what_is_offloaded(family, how, tmp_path):
-    other = loaded(family, how, activate(tiny_model(family)), tmp_path)
+@pytest.mark.parametrize("flags", [{}, EVIDENCE], ids=["own", "evidence"])
+def test_a_fit_refuses_what_is_offloaded(family, how, flags, tmp_path):
+    other = loaded(family, how, activate(tiny_model(family, **flags)), tmp_path)
     with pytest.raises(ValueError, match="meta device.*offload"):
         fit_experts(other, [{"input_ids": token_ids()}], sample_size=4, num_clusters=2)
     for module in routed_modules(other).values():

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from tiny import activate, labelled, tiny_model
+from tiny import EVIDENCE, activate, labelled, tiny_model
 from torch.export import Dim
 
 
@@ -18,6 +18,7 @@ DEPTH = {"gpt2": "n_layer", "bert": "num_hidden_layers"}
     ("family", "flags"),
     [
         ("gpt2", {"cse_routing": "discriminant", "cse_modules": ["attention", "ffn"]}),
+        ("gpt2", {**EVIDENCE, "cse_modules": ["attention", "ffn"]}),
         ("bert", {"cse_routing": "sequence", "cse_modules": ["attention", "ffn"], "cse_combine": "add"}),
     ],
     ids=str,

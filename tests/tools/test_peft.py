@@ -4,7 +4,7 @@ come back from their files; clusters stay as they are."""
 
 import pytest
 import torch
-from tiny import activate, expert_ids, first_tensor, routed_modules, tiny_model, token_ids
+from tiny import EVIDENCE, activate, expert_ids, first_tensor, routed_modules, tiny_model, token_ids
 from tiny_runs import make_trainer, rows, settings
 from transformers import AutoModelForCausalLM
 
@@ -32,6 +32,7 @@ TARGETS = {
         {"target_modules": ATTENTION[family]},
         {"target_modules": [], "target_parameters": [*FFN_EXPERTS, *ATTENTION_EXPERTS]},
     ),
+    "FFN experts by evidence": lambda family: (EVIDENCE, {"target_modules": [], "target_parameters": FFN_EXPERTS}),
 }
 
 
@@ -49,7 +50,7 @@ def adapt(model, *options):
 
 def adapted(family: str, target: str, **more):
     flags, *options = TARGETS[target](family)
-    return adapt(activate(tiny_model(family, cse_routing="discriminant", **flags, **more)), *options)
+    return adapt(activate(tiny_model(family, **{"cse_routing": "discriminant", **flags, **more})), *options)
 
 
 @torch.no_grad()
@@ -59,7 +60,8 @@ def outputs(model, ids=None) -> torch.Tensor:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_merged_is_unmerged_and_taken_out_is_as_before(family, target):
-    plain = outputs(activate(tiny_model(family, cse_routing="discriminant", **TARGETS[target](family)[0])))
+    flags = {"cse_routing": "discriminant", **TARGETS[target](family)[0]}
+    plain = outputs(activate(tiny_model(family, **flags)))
     model = adapted(family, target)
     wanted = outputs(model)
     assert (wanted - plain).abs().max() > 1e-2
@@ -94,7 +96,9 @@ def test_adapters_of_experts_reach_routed_tokens_only(family):
     assert torch.equal(moved, ~routed)
 
 
-@pytest.mark.parametrize("target", ["FFN experts", "attention experts", "all beside experts of attention"])
+@pytest.mark.parametrize(
+    "target", ["FFN experts", "FFN experts by evidence", "attention experts", "all beside experts of attention"]
+)
 def test_cached_generation_is_the_full_forward(target):
     model = adapted("gpt2", target).eval()
     ids = token_ids(1, 6)
@@ -106,7 +110,7 @@ def test_cached_generation_is_the_full_forward(target):
     assert torch.equal(model.generate(input_ids=ids, **options), grown)
 
 
-@pytest.mark.parametrize("target", ["FFN experts", "attention experts"])
+@pytest.mark.parametrize("target", ["FFN experts", "FFN experts by evidence", "attention experts"])
 def test_autocast_computes_experts_with_their_adapter(target):
     model = adapted("gpt2", target)
     exact = outputs(model)

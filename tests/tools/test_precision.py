@@ -4,7 +4,7 @@ those of the plain run, clusters are found all the same, and routing stays in fp
 
 import pytest
 import torch
-from tiny import activate, first_tensor, routed_modules, tiny_model, token_ids
+from tiny import EVIDENCE, activate, first_tensor, routed_modules, tiny_model, token_ids
 from tiny_runs import fit_steps, make_trainer, rows, settings
 from transformers import TrainerCallback
 
@@ -12,7 +12,17 @@ from modeling_cse import ClusterExpertsCallback
 
 
 BOTH = ["attention", "ffn"]
+MODELS = {"gpt2": {}, "bert": {}, "gpt2 by evidence": EVIDENCE}
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(params=MODELS)
+def kind(request):
+    return request.param
+
+
+def made(kind: str):
+    return tiny_model(kind.split()[0], cse_modules=BOTH, **MODELS[kind])
 
 
 class Spy(TrainerCallback):
@@ -22,20 +32,21 @@ class Spy(TrainerCallback):
         self.callback, self.dtypes, self.counts = callback, set(), {}
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        for module in routed_modules(model).values():
-            module.router.register_forward_hook(lambda router, args, outputs: self.dtypes.add(outputs[0].dtype))
+        for name, module in model.named_modules():
+            if name.endswith("router"):
+                module.register_forward_hook(lambda router, args, outputs: self.dtypes.add(outputs[0].dtype))
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 4:
             self.counts = {site: store.seen for site, store in self.callback.collector.stores.items()}
 
 
-def run(folder, family: str, precision: str | None = None, **changes):
+def run(folder, kind: str, precision: str | None = None, **changes):
     """A run; `bf16` by the Trainer's own argument. Its `fp16` does nothing on a CPU, silently: there autocast is put
     around its forward passes."""
     callback = ClusterExpertsCallback(**settings(sample_size=16))
     spy = Spy(callback)
-    options = {"model": tiny_model(family, cse_modules=BOTH), "learning_rate": 1e-3, "bf16": precision == "bf16"}
+    options = {"model": made(kind), "learning_rate": 1e-3, "bf16": precision == "bf16"}
     trainer = make_trainer(folder, callback, callbacks=[spy], **options, **changes)
     if precision == "fp16":
         trainer.compute_loss_context_manager = lambda: torch.autocast("cpu", torch.float16)
@@ -49,24 +60,24 @@ def losses(trainer) -> list[float]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return {family: losses(run(tmp_path_factory.mktemp(family), family)[0]) for family in ("gpt2", "bert")}
+    return {kind: losses(run(tmp_path_factory.mktemp("plain"), kind)[0]) for kind in MODELS}
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("precision", [None, "bf16"])
-def test_checkpointing_is_the_plain_run(tmp_path, family, plain, use_reentrant, precision):
+def test_checkpointing_is_the_plain_run(tmp_path, kind, plain, use_reentrant, precision):
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
-    trainer, spy = run(tmp_path, family, precision, **options)
-    assert losses(trainer) == pytest.approx(plain[family], rel=1e-4 if precision is None else 0.02)
+    trainer, spy = run(tmp_path, kind, precision, **options)
+    assert losses(trainer) == pytest.approx(plain[kind], rel=1e-4 if precision is None else 0.02)
     assert fit_steps(trainer) == [4, 6, 8]
     assert set(spy.counts.values()) == {16} and len(spy.counts) == 4
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_autocast_is_close_to_the_plain_run_and_routes_in_fp32(tmp_path, family, plain, precision):
-    trainer, spy = run(tmp_path, family, precision)
-    assert losses(trainer) == pytest.approx(plain[family], rel=0.02)
-    assert losses(trainer) != plain[family]
+def test_autocast_is_close_to_the_plain_run_and_routes_in_fp32(tmp_path, kind, plain, precision):
+    trainer, spy = run(tmp_path, kind, precision)
+    assert losses(trainer) == pytest.approx(plain[kind], rel=0.02)
+    assert losses(trainer) != plain[kind]
     assert fit_steps(trainer) == [4, 6, 8]
     assert spy.dtypes == {torch.float32} and set(spy.counts.values()) == {16}
     for module in routed_modules(trainer.model).values():
@@ -76,9 +87,9 @@ def test_autocast_is_close_to_the_plain_run_and_routes_in_fp32(tmp_path, family,
 
 @pytest.mark.parametrize("dtype", PRECISIONS.values())
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-def test_experts_compute_in_the_dtype_of_autocast(family, dtype, implementation):
+def test_experts_compute_in_the_dtype_of_autocast(kind, dtype, implementation):
     """Grouped products do not know autocast, and would run in fp32."""
-    model = activate(tiny_model(family, cse_modules=BOTH))
+    model = activate(made(kind))
     model.set_experts_implementation(implementation)
     ids = token_ids()
     with torch.no_grad():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_model
-from tiny import activate, model_class, routed_modules, tiny_config, tiny_model, token_ids
+from tiny import EVIDENCE, activate, model_class, routed_modules, tiny_config, tiny_model, token_ids
 
 
 EVERYWHERE = {"cse_modules": ["attention", "ffn"]}
@@ -20,6 +20,7 @@ ROUTER = {
     "discriminant_bias": ("C", "F32"),
     "cluster_expert": ("C", "I64"),
 }
+READER = {"evidence": ("V", "C", "F32"), "log_shares": ("C", "F32")}
 
 TIED = {"gpt2": {"lm_head.weight"}, "bert": {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}}
 
@@ -32,20 +33,23 @@ def assert_same_state(left, right) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_routing_state_is_read_without_this_package(family, dtype, tmp_path):
-    model = activate(tiny_model(family, **EVERYWHERE)).to(dtype)
+@pytest.mark.parametrize("flags", [{}, EVIDENCE], ids=["own", "evidence"])
+def test_the_routing_state_is_read_without_this_package(family, dtype, flags, tmp_path):
+    model = activate(tiny_model(family, **EVERYWHERE, **flags)).to(dtype)
     model.save_pretrained(tmp_path)
-    sizes = {"C": 16, "d": 32}
-    modules = {name: module for name, module in model.named_modules() if name.endswith(".router")}
-    assert len(modules) == len(routed_modules(model)) == 4
+    sizes = {"C": 16, "d": 32, "V": 99}
+    modules = {name: module for name, module in model.named_modules() if name.endswith((".router", "evidence_router"))}
+    readers = [name for name in modules if name.endswith("evidence_router")]
+    assert len(modules) - len(readers) == len(routed_modules(model)) == 4 and len(readers) == bool(flags)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         for place, router in modules.items():
-            for name, (*shape, kind) in ROUTER.items():
+            for name, (*shape, kind) in (READER if place in readers else ROUTER).items():
                 part = file.get_slice(f"{place}.{name}")
                 assert (part.get_shape(), part.get_dtype()) == ([sizes[size] for size in shape], kind)
                 assert torch.equal(file.get_tensor(f"{place}.{name}"), router.get_buffer(name))
-        assert sum(".router." in key for key in file.keys()) == len(ROUTER) * len(modules)
+        assert sum(".router." in key for key in file.keys()) == len(ROUTER) * 4
+        assert sum("evidence_router." in key for key in file.keys()) == len(READER) * len(readers)
 
 
 def test_shards_hold_every_tensor_once_and_come_back_whole(family, tmp_path):

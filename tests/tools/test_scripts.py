@@ -77,6 +77,7 @@ def test_a_script_in_the_manner_of_upstream_trains_from_scratch(here, kind, auto
     main(["script.py", *flags, "--report_to", "none", "--disable_tqdm", "true"])
     config = AutoConfig.from_pretrained(here / "out")
     assert (config.cse_num_experts, config.cse_combine, config.hidden_size, config.vocab_size) == (2, "add", 32, 104)
+    assert config.cse_routing == ("evidence" if family == "gpt2" else "sequence")
     loader = AutoModelForCausalLM if family == "gpt2" else AutoModelForMaskedLM
     assert type(loader.from_pretrained(here / "out")).__name__.startswith("CSE")
     assert json.loads((here / "out" / "train_results.json").read_text())["train_loss"] > 0
@@ -110,6 +111,7 @@ def test_nothing_to_run_is_said(arguments, here):
         ("hidden_size=30", "hidden_size=30 is not allowed"),
         ("cse_layers=-1", "cse_layers=-1.*belongs in a config file"),
         ("cse_layers=[-2,-1]", r"cse_layers=\[-2,-1\].*belongs in a config file"),
+        ("cse_gate=hard", "cse_gate=hard.*belongs in a config file"),
         ("cse_expert_size=256", "cse_expert_size=256.*belongs in a config file"),
         ("cse_experts=2", "key cse_experts isn't in the original config"),
     ],

@@ -4,7 +4,7 @@ counts as one sequence, and adapters train on what clusters there are."""
 
 import pytest
 import torch
-from tiny import FLAGS, SIZES, activate, model_class, routed_modules
+from tiny import EVIDENCE, FLAGS, SIZES, activate, model_class, routed_modules
 from tiny_runs import fit_steps, settings
 
 from modeling_cse import ClusterExpertsCallback, CSEGPT2Config
@@ -84,9 +84,10 @@ class Counting(ClusterExpertsCallback):
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_clusters_are_kept_and_documents_counted(tmp_path, packing, activation_checkpointing):
+@pytest.mark.parametrize("flags", [{}, EVIDENCE], ids=["discriminant", "evidence"])
+def test_clusters_are_kept_and_documents_counted(tmp_path, packing, activation_checkpointing, flags):
     callback = Counting(**settings(warmup=4, sample_size=64))
-    made = model()
+    made = model(**flags)
     options = {"packing": packing, "gradient_checkpointing": activation_checkpointing, "num_train_epochs": 1}
     trainer = sft(tmp_path, made, callback, **options)
     seen = []
@@ -102,10 +103,10 @@ def test_clusters_are_kept_and_documents_counted(tmp_path, packing, activation_c
     assert set(callback.counts.values()) == {documents}
 
 
-@pytest.mark.parametrize("routing", ["discriminant", "sequence"])
-def test_packed_documents_have_the_loss_that_they_have_alone(tmp_path, routing):
+@pytest.mark.parametrize("flags", [{}, {"cse_routing": "sequence"}, EVIDENCE], ids=str)
+def test_packed_documents_have_the_loss_that_they_have_alone(tmp_path, flags):
     """Neither attention nor routes see over the border of a document."""
-    made = model(clustered=True, cse_routing=routing)
+    made = model(clustered=True, **flags)
     trainer = sft(tmp_path, made, packing=True, max_steps=1)
     batch = next(iter(trainer.get_train_dataloader()))
     made.eval()
@@ -122,9 +123,10 @@ def test_packed_documents_have_the_loss_that_they_have_alone(tmp_path, routing):
     assert packed.item() == pytest.approx(alone / tokens, abs=1e-5)
 
 
-def test_the_loss_is_that_of_the_model(tmp_path):
+@pytest.mark.parametrize("flags", [{}, EVIDENCE], ids=["discriminant", "evidence"])
+def test_the_loss_is_that_of_the_model(tmp_path, flags):
     """TRL computes it beside the head, in chunks."""
-    made = model(clustered=True)
+    made = model(clustered=True, **flags)
     trainer = sft(tmp_path, made, max_steps=1)
     batch = next(iter(trainer.get_train_dataloader()))
     made.eval()

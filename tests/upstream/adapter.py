@@ -5,7 +5,7 @@ What transformers' own tests of models need to run against our classes, with exp
 This file is no test: a harness around upstream's test tree loads it (docs/upstream_tests.md). The environment chooses
 what is tested, and an unknown value is refused:
 
-    CSE_UPSTREAM_ROUTING   discriminant (default) or sequence
+    CSE_UPSTREAM_ROUTING   discriminant (default), sequence or evidence
     CSE_UPSTREAM_COMBINE   replace (default) or add
     CSE_UPSTREAM_MODULES   ffn (default), attention or both
 
@@ -24,6 +24,7 @@ from torch.nn.functional import normalize
 from transformers.models.auto import modeling_auto
 
 import modeling_cse
+from modeling_cse.evidence_cse import LARGEST, STEP, EvidenceRouter
 from modeling_cse.experts_cse import CSEAttentionExperts, CSEExperts, FusedExperts
 from modeling_cse.routing_cse import ClusterRouter
 
@@ -40,7 +41,7 @@ def _choice(name: str, *allowed: str) -> str:
     return value
 
 
-ROUTING = _choice("CSE_UPSTREAM_ROUTING", "discriminant", "sequence")
+ROUTING = _choice("CSE_UPSTREAM_ROUTING", "discriminant", "sequence", "evidence")
 COMBINE = _choice("CSE_UPSTREAM_COMBINE", "replace", "add")
 MODULES = _choice("CSE_UPSTREAM_MODULES", "ffn", "attention", "both")
 
@@ -60,6 +61,16 @@ def _active_state(router: ClusterRouter) -> dict[str, torch.Tensor]:
     return state
 
 
+def _active_evidence(router: EvidenceRouter) -> dict[str, torch.Tensor]:
+    """Buffers of an evidence router whose tokens speak for this cluster or that, as many as there are."""
+    clusters, generator = len(OWNERS), torch.Generator().manual_seed(0)
+    state = _empty_evidence(router)
+    evidence = 2.0 * torch.randn(router.shape[0], clusters, generator=generator)
+    state["evidence"][:, :clusters] = (evidence.clamp(-LARGEST, LARGEST) / STEP).round() * STEP
+    state["log_shares"][:clusters] = 0.0
+    return state
+
+
 def _drawn(init_weights):
     """Experts drawn at random, also those that add to the base and would start at zero."""
 
@@ -75,6 +86,8 @@ def _drawn(init_weights):
 
 _empty_state = ClusterRouter.empty_state
 ClusterRouter.empty_state = _active_state
+_empty_evidence = EvidenceRouter.empty_state
+EvidenceRouter.empty_state = _active_evidence
 for _experts in (CSEExperts, CSEAttentionExperts):
     _experts.init_weights = _drawn(_experts.init_weights)
 
@@ -191,11 +204,15 @@ if MODULES == "attention":
             _family["skips"][f"test_eager_matches_batched_and_grouped_inference_{_case}"] = (
                 "waits for calls of upstream's functions for FFN experts, which experts of attention do not use"
             )
+if ROUTING != "discriminant":
+    # BERT as a decoder is left out: a route over the whole text cannot be that of a text still being written, and
+    # upstream's decoder hands on no evidence of the text before, as GPT-2's `generate` does.
+    BERT["generates"] = False
+    del BERT["classes"]["causal_lm"], BERT["decoder_for_generate"]
 if ROUTING == "sequence":
     # A route over the whole text cannot be that of a text still being written: GPT-2 refuses `generate`, and upstream
-    # wants to hear so by these names. BERT as a decoder is left out.
-    for _family in FAMILIES:
-        _family["generates"] = False
+    # wants to hear so by these names.
+    GPT2["generates"] = False
     GPT2["flags"] |= {
         "all_generative_model_classes": (),
         "pipeline_model_mapping": {
@@ -206,4 +223,3 @@ if ROUTING == "sequence":
         },
     }
     GPT2["skips"]["test_training_overfit"] = "generates with what it trained, which sequence routes refuse"
-    del BERT["classes"]["causal_lm"], BERT["decoder_for_generate"]
