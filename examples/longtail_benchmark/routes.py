@@ -16,6 +16,7 @@ temper that make held-out texts likeliest; `samples` the library's way over samp
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,14 @@ from scipy.special import log_softmax
 
 from modeling_cse.clustering import ClusterSettings, Identities, fit_texts, held_out
 from modeling_cse.clustering.evidence import SMOOTHINGS, TEMPERS, log_ratios
+from modeling_cse.clustering.settings import COMMON_BY
 from modeling_cse.clustering.texts import count_tokens
 from modeling_cse.evidence_cse import INDEPENDENT
 
 
 POSITIONS = ((0, 8), (8, 32), (32, 128), (128, None))
 GENERAL = "general"
-SLOTS = 32  # as many as there can be clusters
+MOST_CLUSTERS = 32
 RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sum": lambda tokens: np.ones(len(tokens)),
     f"sum over root of 1 + n / {INDEPENDENT}": lambda tokens: 1 / np.sqrt(1 + tokens / INDEPENDENT),
@@ -53,7 +55,8 @@ def quality(experts: np.ndarray, domains: np.ndarray, shares: dict[str, float]) 
     """
     names = [GENERAL, *(name for name in shares if name != GENERAL)]
     own = {name: experts[domains == name] for name in names}
-    counts = np.stack([np.bincount(own[name].ravel() + 1, minlength=SLOTS + 1) / own[name].size for name in names])
+    slots = experts.max(initial=-1) + 1
+    counts = np.stack([np.bincount(own[name].ravel() + 1, minlength=slots + 1) / own[name].size for name in names])
     weighted = counts[:, 1:] * np.array([shares[name] for name in names])[:, None]
     owner = np.where(weighted.sum(0) > 0, weighted.argmax(0), -1)
     found = {}
@@ -74,8 +77,8 @@ def quality(experts: np.ndarray, domains: np.ndarray, shares: dict[str, float]) 
     }
 
 
-def one_sample(corpus: Corpus, size: int, seed: int, settings: ClusterSettings):
-    """A fit on `size` training blocks, and which they were."""
+def one_sample(corpus: Corpus, size: int, seed: int, settings: ClusterSettings, slots: int):
+    """A fit on `size` training blocks for `slots` experts, and which they were."""
     ids, _ = ids_and_domains(corpus.train)
     ids = ids[np.random.default_rng(seed).permutation(len(ids))[:size]]
     fit = fit_texts(
@@ -85,15 +88,15 @@ def one_sample(corpus: Corpus, size: int, seed: int, settings: ClusterSettings):
         settings,
         Identities.none(len(corpus.tokenizer)),
         vocab_size=len(corpus.tokenizer),
-        num_experts=SLOTS,
-        max_clusters=SLOTS,
+        num_experts=slots,
+        max_clusters=MOST_CLUSTERS,
     )
     return fit, ids
 
 
-def compare_rules(corpus: Corpus, size: int, seed: int, settings: ClusterSettings) -> list[dict]:
+def compare_rules(corpus: Corpus, size: int, seed: int, settings: ClusterSettings, slots: int) -> list[dict]:
     """Ways to read the same evidence, on one sample."""
-    fit, ids = one_sample(corpus, size, seed, settings)
+    fit, ids = one_sample(corpus, size, seed, settings, slots)
     held, labels = held_out(len(ids)), fit.labels
     validation, domains = ids_and_domains(corpus.validation)
     counts = count_tokens(ids[~held], len(fit.evidence.table))
@@ -119,22 +122,20 @@ def compare_rules(corpus: Corpus, size: int, seed: int, settings: ClusterSetting
 
 
 def measure_samples(
-    corpus: Corpus, sizes: Sequence[int], counts: Sequence[int], seeds: int, common_share: float
+    corpus: Corpus, sizes: Sequence[int], counts: Sequence[int], seeds: int, common_share: float, slots: int
 ) -> list[dict]:
-    """The library's way, over samples of several sizes, numbers of clusters and seeds."""
+    """The library's way, over samples of several sizes, numbers of clusters, choices of the common ones and seeds."""
     validation, domains = ids_and_domains(corpus.validation)
     rows = []
-    for size in sizes:
-        for count in counts:
-            for seed in range(seeds):
-                settings = ClusterSettings("text", count, common_share, seed=seed)
-                fit, _ = one_sample(corpus, size, seed, settings)
-                experts = fit.ownership.experts[fit.evidence.clusters(validation)]
-                row = {"texts": size, "clusters": count, "seed": seed}
-                row["experts"] = int((fit.ownership.experts >= 0).sum())
-                row |= {"smoothing": fit.evidence.smoothing, "temper": fit.evidence.temper}
-                rows.append(row | quality(experts, domains, corpus.mixture.shares))
-                print({name: value for name, value in rows[-1].items() if name != "domains"}, flush=True)
+    for size, count, common_by, seed in product(sizes, counts, COMMON_BY, range(seeds)):
+        settings = ClusterSettings("text", count, common_share, seed=seed, common_by=common_by)
+        fit, _ = one_sample(corpus, size, seed, settings, slots)
+        experts = fit.ownership.experts[fit.evidence.clusters(validation)]
+        row = {"texts": size, "clusters": count, "common_by": common_by, "seed": seed}
+        row |= {"experts": int((fit.ownership.experts >= 0).sum()), "unserved": fit.ownership.unserved}
+        row |= {"smoothing": fit.evidence.smoothing, "temper": fit.evidence.temper}
+        rows.append(row | quality(experts, domains, corpus.mixture.shares))
+        print({name: value for name, value in rows[-1].items() if name != "domains"}, flush=True)
     return rows
 
 
@@ -143,22 +144,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, default=Path("runs/longtail/corpus/main"))
     parser.add_argument("--texts", type=int, nargs="+", default=[640, 1640, 4096])
-    parser.add_argument("--clusters", type=int, nargs="+", default=[8, 10, 12, 16])
+    parser.add_argument("--clusters", type=int, nargs="+", default=[10, 14, 20, 28])
+    parser.add_argument("--experts", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--common_share", type=float, default=0.75)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     corpus = Corpus.load(arguments.corpus)
-    settings = ClusterSettings("text", 10, arguments.common_share)
+    settings = ClusterSettings("text", None, arguments.common_share)
     record = {
         "mixture": corpus.mixture.shares,
         "common_share": arguments.common_share,
+        "slots": arguments.experts,
         "positions": POSITIONS,
         "rules": [
-            {"texts": size, **row} for size in arguments.texts for row in compare_rules(corpus, size, 0, settings)
+            {"texts": size, **row}
+            for size in arguments.texts
+            for row in compare_rules(corpus, size, 0, settings, arguments.experts)
         ],
         "samples": measure_samples(
-            corpus, arguments.texts, arguments.clusters, arguments.seeds, arguments.common_share
+            corpus,
+            arguments.texts,
+            arguments.clusters,
+            arguments.seeds,
+            arguments.common_share,
+            arguments.experts,
         ),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -84,9 +84,7 @@ class Evidence:
 
 def log_ratios(counts: csr_matrix, labels: np.ndarray, clusters: int, smoothing: float) -> np.ndarray:
     """log p(token | cluster) - log p(token), (V, K) float32, of counts (N, V) of texts with labels (N,)."""
-    total = np.asarray(counts.sum(axis=0))[0]
-    background = (total + 1.0) / (total + 1.0).sum()
-    prior = smoothing * total.sum()
+    background, prior = _background(np.asarray(counts.sum(axis=0))[0], smoothing)
     table = np.empty((counts.shape[1], clusters), np.float32)
     for label in range(clusters):
         own = np.asarray(counts[labels == label].sum(axis=0))[0]
@@ -118,6 +116,36 @@ def separation(
         own = np.asarray(counts[held_labels == label].sum(axis=0))[0]
         found[label] = own @ table[:, label] / own.sum()
     return found
+
+
+def separations(ids: np.ndarray, labels: np.ndarray, clusters: int, vocab_size: int) -> np.ndarray:
+    """
+    The separation of every cluster within one sample: each text is measured by the token frequencies that its cluster
+    has without it.
+
+    Args:
+        ids: (N, L) token ids, -1 behind the end of a text.
+        labels: (N,) their clusters, -1 for none.
+        clusters: K. vocab_size: V.
+
+    Returns:
+        (K,) float64; 0 for a cluster without texts.
+    """
+    counts, labels = count_tokens(ids[labels >= 0], vocab_size).tocoo(), labels[labels >= 0]
+    background, prior = _background(np.asarray(counts.sum(axis=0))[0], SMOOTHINGS[0])
+    of_texts, of_clusters = np.asarray(counts.sum(axis=1))[:, 0], np.zeros((clusters, vocab_size))
+    own = labels[counts.row]
+    np.add.at(of_clusters, (own, counts.col), counts.data)
+    total = of_clusters.sum(axis=1)
+    rest = of_clusters[own, counts.col] - counts.data + prior * background[counts.col]
+    frequency = rest / (total[own] - of_texts[counts.row] + prior)
+    gains = np.bincount(own, counts.data * np.log(frequency / background[counts.col]), minlength=clusters)
+    return gains / np.maximum(total, 1.0)
+
+
+def _background(total: np.ndarray, smoothing: float) -> tuple[np.ndarray, float]:
+    """Token frequencies (V,) of all texts, and how many tokens of them each cluster is given beforehand."""
+    return (total + 1.0) / (total + 1.0).sum(), smoothing * total.sum()
 
 
 def _discount(tokens: np.ndarray) -> np.ndarray:

@@ -7,9 +7,9 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from .algorithms import Clustering, describe_clusters
-from .evidence import Evidence
+from .evidence import Evidence, separations
 from .ownership import Identities, Ownership, assign_experts
-from .settings import GIVEN, ClusterSettings
+from .settings import GIVEN, SEPARATION, ClusterSettings
 from .texts import cluster_texts, embed_texts
 
 
@@ -73,6 +73,7 @@ def fit_texts(
     # a cluster of which every text is held out would have none to be fitted on
     held = held & np.isin(labels, labels[~held])
     evidence = Evidence.fit(ids, labels, clustering.shares, vocab_size, held)
+    apart = separations(ids, labels, len(clustering), vocab_size) if settings.common_by == SEPARATION else None
     before = Evidence(identities.centroids.T, identities.radii)
     ownership = assign_experts(
         identities,
@@ -83,6 +84,7 @@ def fit_texts(
         num_experts=num_experts,
         patience=settings.patience,
         matched=match_texts(before.of_texts(ids), len(identities), labels, len(clustering)),
+        separations=apart,
     )
     fit = JointFit(labels, clustering, ownership, evidence)
     fit.metrics = {
@@ -90,6 +92,9 @@ def fit_texts(
         "smoothing": evidence.smoothing,
         "temper": evidence.temper,
     }
+    owners = ownership.experts >= 0
+    if apart is not None and owners.any():
+        fit.metrics["separation"] = float(np.average(apart[owners], weights=clustering.shares[owners]))
     if clustering.silhouette is not None:
         fit.metrics["silhouette"] = clustering.silhouette
     if len(identities):

@@ -53,7 +53,7 @@ class Ownership:
     released: list[int]
 
 
-def long_tail(shares: np.ndarray, common_share: float | str) -> np.ndarray:
+def long_tail(shares: np.ndarray, common_share: float | str, separations: np.ndarray | None = None) -> np.ndarray:
     """
     Which clusters are long-tail, (K,) bool.
 
@@ -61,6 +61,8 @@ def long_tail(shares: np.ndarray, common_share: float | str) -> np.ndarray:
         shares: (K,) share of the sequences in each cluster, in any order.
         common_share: a number from 0 to 1: the largest clusters are common until together they hold that share, the
             rest is the tail; with 0 every cluster is long-tail. Or "elbow": see below.
+        separations: (K,) how far the words of each cluster lie from all others (`evidence.separations`). With them the
+            least separated clusters are common, not the largest.
 
     The elbow is how the paper tells long-tail domains (9.37 % of its corpus): sort the shares in descending order and
     draw the chord from the first to the last of them, over their ranks. The share that lies furthest below the chord
@@ -70,7 +72,7 @@ def long_tail(shares: np.ndarray, common_share: float | str) -> np.ndarray:
     """
     if common_share == ELBOW:
         return _below_elbow(shares)
-    order = np.argsort(-shares, kind="stable")
+    order = np.argsort(-shares if separations is None else separations, kind="stable")
     before = np.cumsum(shares[order]) - shares[order]
     tail = np.empty(len(shares), bool)
     tail[order] = before >= common_share - 1e-9
@@ -122,6 +124,7 @@ def assign_experts(
     num_experts: int,
     patience: int,
     matched: np.ndarray | None = None,
+    separations: np.ndarray | None = None,
 ) -> Ownership:
     """
     Gives long-tail clusters an expert each.
@@ -129,9 +132,10 @@ def assign_experts(
     A cluster that continues an old one keeps its expert, and keeps it when it turns common or vanishes, until that has
     lasted `patience` fits: between two fits k-means may cut the bulk differently, and ownership must not flicker with
     it. Then long-tail clusters without one take free slots, the largest first. `matched` (K,): the old cluster that
-    each new one continues, -1 for none; by default `match_clusters` tells.
+    each new one continues, -1 for none; by default `match_clusters` tells. `separations` (K,): as in `long_tail`; the
+    first slots are then for the largest product of share and separation.
     """
-    tail = long_tail(shares, common_share)
+    tail = long_tail(shares, common_share, separations)
     if matched is None:
         matched = match_clusters(identities.centroids, identities.radii, centroids, radii)
     experts = np.full(len(centroids), -1, np.int64)
@@ -151,7 +155,8 @@ def assign_experts(
     ]
     kept = {int(expert) for expert in experts if expert >= 0} | {int(identities.experts[old]) for old in absent}
     free = [slot for slot in range(num_experts) if slot not in kept]
-    waiting = [cluster for cluster in np.argsort(-shares, kind="stable") if tail[cluster] and experts[cluster] < 0]
+    worth = shares if separations is None else shares * separations
+    waiting = [cluster for cluster in np.argsort(-worth, kind="stable") if tail[cluster] and experts[cluster] < 0]
     filled = free[: len(waiting)]
     experts[waiting[: len(free)]] = filled
     remembered = Identities(

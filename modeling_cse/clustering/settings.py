@@ -15,11 +15,15 @@ TEXT = "text"
 ALGORITHMS = (TEXT, *CENTROID_ALGORITHMS, *DENSITY_ALGORITHMS, GIVEN)
 
 NUM_CLUSTERS = 6
-NUM_TEXT_CLUSTERS = 10
+NUM_TEXT_CLUSTERS = 14
 COMMON_SHARE = 0.7
 COMMON_TEXT_SHARE = 0.75
 
 ELBOW = "elbow"
+# What makes a cluster common: its size, or that its words are those of all text.
+SIZE = "size"
+SEPARATION = "separation"
+COMMON_BY = (SIZE, SEPARATION)
 DENSITY_PROJECTION = 32
 DENSITY_MIN_SHARE = 0.02
 
@@ -32,17 +36,21 @@ class ClusterSettings:
     Fields:
         algorithm: one of `ALGORITHMS`; None stands for text where routes are read from evidence, else for kmeans.
         num_clusters: for kmeans, spherical and text how many to look for, at least 1, or a pair (low, high), low at
-            least 2: the number between them, both included, with the largest silhouette. None stands for 6 there (10
+            least 2: the number between them, both included, with the largest silhouette. None stands for 6 there (14
             for text), and is all that the others take, which find their number themselves. A list, as YAML has it,
             becomes a tuple.
-        common_share: the largest clusters are common until together they hold this share, 0 to 1; or "elbow", see
-            `long_tail`. None stands for 0.75 with text, else for 0.7.
+        common_share: clusters are common, in the order of `common_by`, until together they hold this share, 0 to 1; or
+            "elbow", see `long_tail`. None stands for 0.75 with text, else for 0.7.
         patience: fits in a row an owner may be absent or common before it loses its expert, at least 1.
         seed: of clustering and of fresh expert weights, below 2 ** 32.
         projection: dimensions of a Gaussian random projection before any distance is taken (the paper does so), None
             for none. "auto": none for kmeans and spherical, 32 for dbscan and hdbscan.
         min_cluster_share: the smallest share of the sequences, 0 to 1, that dbscan and hdbscan call a cluster; None
             stands for 0.02. The other algorithms do not read it, and refuse it.
+        common_by: "size": the largest clusters are common. "separation" (text only): those are whose words are most
+            like all text's (`evidence.separations`); of the others those get experts first whose words tell most in
+            all, separation times share. None stands for separation with text, but for size with an elbow, which is one
+            of sizes; else for size.
 
     Raises:
         ValueError: a value that is not allowed, or not allowed beside this algorithm.
@@ -55,6 +63,7 @@ class ClusterSettings:
     seed: int = 0
     projection: int | str | None = "auto"
     min_cluster_share: float | None = None
+    common_by: str | None = None
 
     def __post_init__(self):
         if self.algorithm is not None and self.algorithm not in ALGORITHMS:
@@ -66,6 +75,7 @@ class ClusterSettings:
             raise ValueError(
                 f"common_share={self.common_share!r} is not allowed: it must be from 0 to 1, or {ELBOW!r}."
             )
+        self._check_common_by()
         if not _is_int(self.patience, 1):
             raise ValueError(f"patience={self.patience!r} is not allowed: it must be an int >= 1.")
         if not _is_int(self.seed, 0) or self.seed >= 2**32:
@@ -90,6 +100,14 @@ class ClusterSettings:
         if not _is_share(self.min_cluster_share):
             raise ValueError(f"min_cluster_share={self.min_cluster_share!r} is not allowed: it must be from 0 to 1.")
 
+    def _check_common_by(self) -> None:
+        allowed = [SIZE] if self.algorithm not in (None, TEXT) or self.common_share == ELBOW else list(COMMON_BY)
+        if self.common_by not in (None, *allowed):
+            raise ValueError(
+                f"common_by={self.common_by!r} is not allowed with algorithm={self.algorithm!r} and common_share="
+                f"{self.common_share!r}: it must be None or one of {allowed}."
+            )
+
     def _check_num_clusters(self) -> None:
         value = self.num_clusters
         if value is None:
@@ -112,9 +130,13 @@ class ClusterSettings:
             ValueError: a value that is not allowed beside the algorithm.
         """
         algorithm = self.algorithm or (TEXT if routing == "evidence" else CENTROID_ALGORITHMS[0])
-        share = COMMON_TEXT_SHARE if algorithm == TEXT else COMMON_SHARE
+        share, by = (COMMON_TEXT_SHARE, SEPARATION) if algorithm == TEXT else (COMMON_SHARE, SIZE)
+        share = share if self.common_share is None else self.common_share
         return replace(
-            self, algorithm=algorithm, common_share=share if self.common_share is None else self.common_share
+            self,
+            algorithm=algorithm,
+            common_share=share,
+            common_by=(SIZE if share == ELBOW else by) if self.common_by is None else self.common_by,
         )
 
     @property

@@ -54,7 +54,7 @@ def check_routes(config: PreTrainedConfig) -> None:
     """
     if getattr(config, "cse_routing", None) == "given" and config.cse_layer_indices:
         raise ValueError(
-            "cse_routing='given' is not allowed for tasks: their texts come without clusters. It must be "
+            "cse_routing='given' is not allowed for tasks: their texts come without clusters. It must be 'evidence', "
             "'discriminant' or 'sequence'."
         )
 

@@ -88,10 +88,13 @@ class ClusterArguments:
         None, "kmeans, spherical, dbscan, hdbscan, text, or given. Default: text for evidence, else kmeans."
     )
     num_clusters: list[int] | None = _flag(
-        None, "Clusters to look for, or a range: 2 8. Default: 6, or 10 for text.", nargs="+"
+        None, "Clusters to look for, or a range: 2 8. Default: 6, or 14 for text.", nargs="+"
     )
     common_share: str | None = _flag(
-        None, "The largest clusters are common until they hold it; or elbow. Default: 0.7, or 0.75 for text."
+        None, "Clusters are common until they hold it, by common_by; or elbow. Default: 0.7, or 0.75 for text."
+    )
+    common_by: str | None = _flag(
+        None, "size: the largest are common; separation: the least separated. Default: separation for text, else size."
     )
     projection: str = _flag("auto", "Dimensions of a random projection before clustering, none, or auto.")
     min_cluster_share: float | None = _flag(None, "Smallest share that dbscan and hdbscan call a cluster.")
@@ -123,6 +126,7 @@ class ClusterArguments:
         that one recipe serves a run and its controls."""
         self.algorithm, self.update, self.num_clusters, self.projection = "given", "frozen", None, "auto"
         self.min_cluster_share, self.ema_decay, self.recluster_until, self.recluster_growth = None, None, None, 1.0
+        self.common_by = None
 
     def callback_arguments(self, seed: int) -> dict[str, Any]:
         """Arguments of `ClusterExpertsCallback`."""

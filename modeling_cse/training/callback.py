@@ -49,9 +49,9 @@ class ClusterExpertsCallback(TrainerCallback):
             tokens of the texts, one clustering for all sites; or `"given"`: the `given_clusters` of the batches.
             Default: `"text"` for `cse_routing="evidence"`, otherwise `"kmeans"`.
         num_clusters (`int`, pair of `int`): clusters to look for, or a range of which the silhouette chooses. Default:
-            6 where the algorithm wants a number, 10 for `"text"`.
-        common_share (`float` or `"elbow"`): the largest clusters are common until together they hold this share; the
-            others are long-tail. Default: 0.75 for `"text"`, otherwise 0.7.
+            6 where the algorithm wants a number, 14 for `"text"`.
+        common_share (`float` or `"elbow"`): clusters are common, in the order of `common_by`, until together they hold
+            this share; the others are long-tail. Default: 0.75 for `"text"`, otherwise 0.7.
         sample_size (`int`): sequences kept per fit, over all processes.
         seed (`int`): of clustering and fresh expert weights.
         patience (`int`): fits in a row a cluster may be absent or common before it loses its expert.
@@ -59,6 +59,8 @@ class ClusterExpertsCallback(TrainerCallback):
         projection, min_cluster_share: see `ClusterSettings`.
         recluster_growth (`float`): each interval between fits is so many times the one before.
         recluster_until (`int` or `float`): no fit after this step, or share of training, so that experts settle.
+        common_by (`str`): `"size"`: the largest clusters are common. `"separation"` (`"text"` only, and its default):
+            those whose words are most like all text's.
         layer_budget (`int`): how many of the layers in `cse_layers` get experts: those with the largest cluster
             clarity at the end of the warm-up. The others become stock layers when training ends. Default: all layers
             of a list, 2 of `cse_layers="auto"`.
@@ -86,9 +88,10 @@ class ClusterExpertsCallback(TrainerCallback):
         recluster_growth: float = 1.0,
         recluster_until: int | float | None = None,
         layer_budget: int | None = None,
+        common_by: str | None = None,
     ):
         self._asked = self.settings = ClusterSettings(
-            algorithm, num_clusters, common_share, patience, seed, projection, min_cluster_share
+            algorithm, num_clusters, common_share, patience, seed, projection, min_cluster_share, common_by
         )
         self.schedule = FitSchedule(warmup, recluster_every, recluster_growth, recluster_until, update)
         least = (self.settings.cluster_range or (1,))[0]

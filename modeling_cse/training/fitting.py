@@ -224,7 +224,7 @@ def fit_experts(
             ignored. Read until `sample_size` sequences have passed. Use the text the model is going to see.
         sample_size: sequences to fit on, at least the number of clusters.
         **settings: fields of `ClusterSettings`: algorithm, num_clusters, common_share, patience, seed, projection,
-            min_cluster_share.
+            min_cluster_share, common_by.
 
     Returns:
         The metrics of the fit, by name, as the callback logs them.

@@ -9,7 +9,7 @@ from scipy.special import log_softmax
 from text_rows import VOCAB, texts
 
 from modeling_cse.clustering import Evidence
-from modeling_cse.clustering.evidence import SMOOTHINGS, TEMPERS, log_ratios, separation
+from modeling_cse.clustering.evidence import SMOOTHINGS, TEMPERS, log_ratios, separation, separations
 from modeling_cse.clustering.texts import count_tokens
 
 
@@ -119,3 +119,35 @@ def test_separation_is_what_a_clusters_own_words_save():
     chance = np.random.default_rng(0)
     cut, of_fresh = chance.permutation(domains), chance.permutation(own)
     assert np.abs(separation(ids, cut, fresh, of_fresh, 3, VOCAB)).max() < 0.05
+
+
+def test_separations_within_one_sample():
+    """Each text by what its cluster says without it: texts of no cluster are left out, one that is alone is told as
+    all text is, and clusters cut by chance mislead."""
+    ids, domains = texts(count=400)
+    labels = np.where(np.arange(400) % 7 == 0, -1, domains)
+    alone = int(np.flatnonzero(labels == 2)[0])
+    labels[alone] = 3
+    found = separations(ids, labels, 5, VOCAB)
+    assert found[3] == pytest.approx(0) and found[4] == 0 and found[:3].min() > 0.2
+    inside = labels >= 0
+    np.testing.assert_allclose(separations(ids[inside], labels[inside], 5, VOCAB), found)
+    cut = np.random.default_rng(0).permutation(domains)
+    assert separations(ids, cut, 3, VOCAB).max() < 0.05
+
+
+def test_separations_are_those_of_a_table_without_each_text():
+    ids, labels = texts(count=40, seed=2)
+    found = separations(ids, labels, 3, VOCAB)
+    gains, tokens = np.zeros(3), np.zeros(3)
+    total = np.asarray(count_tokens(ids, VOCAB).sum(axis=0))[0]
+    background = (total + 1) / (total + 1).sum()
+    prior = SMOOTHINGS[0] * total.sum()
+    for row, label in enumerate(labels):
+        others = np.flatnonzero((labels == label) & (np.arange(len(ids)) != row))
+        rest = np.asarray(count_tokens(ids[others], VOCAB).sum(axis=0))[0]
+        ratios = np.log((rest + prior * background) / (rest.sum() + prior) / background)
+        own = ids[row][ids[row] >= 0]
+        gains[label] += ratios[own].sum()
+        tokens[label] += len(own)
+    np.testing.assert_allclose(found, gains / tokens)

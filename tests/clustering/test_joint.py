@@ -102,3 +102,18 @@ def test_every_text_of_a_cluster_may_be_held_out():
     found = fit(ids, num_clusters=2, common_share=0.0)
     assert found.evidence.of_texts(ids).tolist() == found.labels.tolist() and found.labels[4] == found.labels[9]
     assert np.isfinite(found.evidence.table).all()
+
+
+def test_a_domain_keeps_the_base_no_longer_for_its_size():
+    """Two rare domains and a cloud that k-means cuts into clusters of their size: by size chance decides, by
+    separation those with words of their own get experts."""
+    ids, domains = texts((4, 1, 1), count=240, own=0.7)
+    plain = np.random.default_rng(5).integers(5, 35, ids.shape)
+    ids = np.where((domains == 0)[:, None] & (ids >= 0), plain, ids).astype(np.int32)
+    owners = {}
+    for common_by in ("size", "separation"):
+        found = fit(ids, num_clusters=6, common_share=0.65, common_by=common_by)
+        owned = np.isin(found.labels, np.flatnonzero(found.ownership.experts >= 0))
+        owners[common_by] = [float(owned[domains == domain].mean()) for domain in range(3)]
+    assert owners["separation"] == [0, 1, 1] and owners["size"][0] > 0 and min(owners["size"][1:]) == 0
+    assert found.metrics["separation"] > 0.2

@@ -40,6 +40,27 @@ def test_share_of_one_is_common_in_spite_of_rounding():
     assert not long_tail(shares / shares.sum(), 1.0).any()
 
 
+@pytest.mark.parametrize(
+    ("separations", "tail"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], [0, 1, 1, 1]),  # 0.6 is common
+        ([0.4, 0.1, 0.2, 0.3], [1, 0, 0, 0]),  # 0.2 + 0.15 + 0.05 are not enough, and so on until half is common
+        ([0.4, 0.1, 0.3, 0.0], [1, 0, 0, 0]),
+        ([0.0, 0.0, 0.0, 0.0], [0, 1, 1, 1]),
+    ],
+)
+def test_with_separations_the_least_separated_are_common(separations, tail):
+    found = long_tail(SHARES, 0.4 if separations[0] == 0.4 else 0.5, np.array(separations))
+    assert found.tolist() == [bool(flag) for flag in tail]
+
+
+def test_with_separations_the_first_slots_are_for_what_tells_most_in_all():
+    """Share times separation: 0.2 * 0.1, 0.15 * 0.3, 0.05 * 0.5."""
+    options = {"common_share": 0.5, "num_experts": 2, "patience": 3, "separations": np.array([0.05, 0.1, 0.3, 0.5])}
+    found = assign_experts(Identities.none(6), CENTROIDS, RADII, SHARES, **options)
+    assert found.experts.tolist() == [-1, -1, 0, 1] and found.unserved == 1
+
+
 # Shares, and how many of them are at or under their elbow.
 ELBOWS = {
     "one large, several small": ([0.62, 0.1, 0.09, 0.08, 0.06, 0.05], 5),

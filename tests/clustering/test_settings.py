@@ -207,7 +207,7 @@ def test_labels_that_cannot_be_clusters_are_refused(labels, complaint):
 @pytest.mark.parametrize(
     ("routing", "algorithm", "clusters", "share"),
     [
-        ("evidence", "text", (10, 10), 0.75),
+        ("evidence", "text", (14, 14), 0.75),
         ("discriminant", "kmeans", (6, 6), 0.7),
         ("sequence", "kmeans", (6, 6), 0.7),
     ],
@@ -219,7 +219,7 @@ def test_defaults_follow_how_routes_are_read(routing, algorithm, clusters, share
 
 
 def test_what_was_asked_for_stays():
-    asked = ClusterSettings("text", 4, 0.6)
+    asked = ClusterSettings("text", 4, 0.6, common_by="size")
     assert asked.resolve("discriminant") == asked
     assert ClusterSettings(algorithm="text").resolve("discriminant").common_share == 0.75
 
@@ -227,3 +227,36 @@ def test_what_was_asked_for_stays():
 def test_a_projection_is_refused_where_the_default_reads_texts():
     with pytest.raises(ValueError, match="projection=8 is not allowed with algorithm='text'"):
         ClusterSettings(projection=8).resolve("evidence")
+
+
+@pytest.mark.parametrize(
+    ("settings", "by"),
+    [
+        ({}, "separation"),
+        ({"common_share": "elbow"}, "size"),
+        ({"common_by": "size"}, "size"),
+        ({"algorithm": "given"}, "size"),
+        ({"algorithm": "kmeans"}, "size"),
+    ],
+)
+def test_what_makes_a_cluster_common(settings, by):
+    assert ClusterSettings(**settings).resolve("evidence").common_by == by
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"common_by": "shares"},
+        {"algorithm": "kmeans", "common_by": "separation"},
+        {"algorithm": "given", "common_by": "separation"},
+        {"algorithm": "text", "common_by": "separation", "common_share": "elbow"},
+    ],
+)
+def test_what_cannot_make_a_cluster_common_is_refused(settings):
+    with pytest.raises(ValueError, match=f"common_by='{settings['common_by']}' is not allowed"):
+        ClusterSettings(**settings)
+
+
+def test_separation_is_refused_where_the_default_reads_states():
+    with pytest.raises(ValueError, match="common_by='separation' is not allowed with algorithm='kmeans'"):
+        ClusterSettings(common_by="separation").resolve("discriminant")

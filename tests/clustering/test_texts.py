@@ -46,8 +46,8 @@ def test_very_few_texts_are_clusters_too(ids):
     assert len(cluster_texts(np.array(ids), VOCAB, ClusterSettings("text", 1), 16)) == 1
 
 
-def test_the_default_number_is_ten():
-    assert ClusterSettings("text").cluster_range == (10, 10) and ClusterSettings().cluster_range == (6, 6)
+def test_the_default_number_is_fourteen():
+    assert ClusterSettings("text").cluster_range == (14, 14) and ClusterSettings().cluster_range == (6, 6)
 
 
 @pytest.mark.parametrize(

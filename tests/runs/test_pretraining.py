@@ -39,6 +39,7 @@ FLAGS = {
     "warmup": 5,
     "recluster_every": 5,
     "num_clusters": 3,
+    "common_share": 0.5,
     "sample_size": 16,
     "use_cpu": True,
     "report_to": "none",
@@ -224,10 +225,13 @@ def test_a_masked_model_resumes_to_the_bit(tmp_path):
     resumed = load_file(folder / "model.safetensors")
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
     # the Trainer's log at step 6 is a mean over the steps since its process began
-    last = [[entry for entry in run if entry["step"] > 6 and "train_loss" not in entry] for run in (
-        entries,
-        metrics(folder / "metrics.jsonl"),
-    )]
+    last = [
+        [entry for entry in run if entry["step"] > 6 and "train_loss" not in entry]
+        for run in (
+            entries,
+            metrics(folder / "metrics.jsonl"),
+        )
+    ]
     assert last[0] == last[1]
 
 

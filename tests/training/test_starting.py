@@ -24,6 +24,7 @@ from modeling_cse.experts_cse import FusedExperts
 
 
 CLUSTERS = {"num_clusters": 3, "common_share": 0.3}
+BY_SIZE = {"num_clusters": 3, "common_share": 0.4, "common_by": "size"}
 
 
 @torch.no_grad()
@@ -255,9 +256,7 @@ def test_data_with_a_length_may_be_sorted():
     data = sorted(rows(120), key=lambda row: int(row["input_ids"][0]))
     ids = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in data])
     for form in (data, ids):
-        owners = owner_by_domain(
-            from_dense(knowing("gpt2"), form, sample_size=24, num_clusters=3, common_share=0.4, cse_layers=[0, 1])
-        )
+        owners = owner_by_domain(from_dense(knowing("gpt2"), form, sample_size=24, cse_layers=[0, 1], **BY_SIZE))
         assert all(sorted(site) == [-1, 0, 1] for site in owners)
 
 
@@ -339,7 +338,7 @@ def test_wrong_settings_of_clusters_are_refused():
 
 
 def test_too_little_data_is_refused():
-    with pytest.raises(ValueError, match="num_clusters=10 is more than the 4 sequences"):
+    with pytest.raises(ValueError, match="num_clusters=14 is more than the 4 sequences"):
         from_dense(dense_model("gpt2"), rows(4))
     with pytest.raises(ValueError, match="no sequence reached"):
         from_dense(dense_model("gpt2"), [])
