@@ -41,16 +41,16 @@ def test_share_of_one_is_common_in_spite_of_rounding():
 
 
 @pytest.mark.parametrize(
-    ("separations", "tail"),
+    ("separations", "common_share", "tail"),
     [
-        ([0.1, 0.2, 0.3, 0.4], [0, 1, 1, 1]),  # 0.6 is common
-        ([0.4, 0.1, 0.2, 0.3], [1, 0, 0, 0]),  # 0.2 + 0.15 + 0.05 are not enough, and so on until half is common
-        ([0.4, 0.1, 0.3, 0.0], [1, 0, 0, 0]),
-        ([0.0, 0.0, 0.0, 0.0], [0, 1, 1, 1]),
+        ([0.1, 0.2, 0.3, 0.4], 0.5, [0, 1, 1, 1]),
+        ([0.4, 0.1, 0.2, 0.3], 0.4, [1, 0, 0, 0]),  # the largest stands apart, the others hold 0.4
+        ([0.4, 0.1, 0.3, 0.0], 0.4, [1, 0, 0, 0]),
+        ([0.0, 0.0, 0.0, 0.0], 0.5, [0, 1, 1, 1]),
     ],
 )
-def test_with_separations_the_least_separated_are_common(separations, tail):
-    found = long_tail(SHARES, 0.4 if separations[0] == 0.4 else 0.5, np.array(separations))
+def test_with_separations_the_least_separated_are_common(separations, common_share, tail):
+    found = long_tail(SHARES, common_share, np.array(separations))
     assert found.tolist() == [bool(flag) for flag in tail]
 
 

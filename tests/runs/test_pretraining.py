@@ -39,7 +39,7 @@ FLAGS = {
     "warmup": 5,
     "recluster_every": 5,
     "num_clusters": 3,
-    "common_share": 0.5,
+    "common_share": 0.5,  # of 16 texts, so that some cluster is rare whatever its words
     "sample_size": 16,
     "use_cpu": True,
     "report_to": "none",
@@ -227,10 +227,7 @@ def test_a_masked_model_resumes_to_the_bit(tmp_path):
     # the Trainer's log at step 6 is a mean over the steps since its process began
     last = [
         [entry for entry in run if entry["step"] > 6 and "train_loss" not in entry]
-        for run in (
-            entries,
-            metrics(folder / "metrics.jsonl"),
-        )
+        for run in (entries, metrics(folder / "metrics.jsonl"))
     ]
     assert last[0] == last[1]
 
