@@ -20,12 +20,12 @@ def test_the_examples_run_as_pasted(tmp_path, monkeypatch):
     ids = torch.randint(0, 2048, (128, 32), generator=torch.Generator().manual_seed(0))
     names = {"train_dataset": [{"input_ids": row, "labels": row} for row in ids]}
     exec(training, names)
-    assert all(ffn.router.num_clusters == 14 for ffn in names["model"].base_model.routed_modules().values())
+    assert all(ffn.router.num_clusters == 10 for ffn in names["model"].base_model.routed_modules().values())
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=32, n_head=2, vocab_size=2048)).save_pretrained("runs/mine/dense")
     exec(starting, names)
     modules = names["model"].base_model.routed_modules()
-    assert len(modules) == 2 and all(module.router.num_clusters == 14 for module in modules.values())
+    assert len(modules) == 2 and all(module.router.num_clusters == 10 for module in modules.values())
 
 
 def test_it_stays_short_and_its_links_lead_somewhere():

@@ -10,7 +10,8 @@ blocks, of which neither has seen anything. Of each long-tail domain:
 - purity: its part of all tokens that these experts get, at the shares of the corpus.
 
 `rules` compares, on one sample, ways to read a posterior from the sum of the evidence, each with the smoothing and
-temper that make held-out texts likeliest; `samples` the library's way over sample sizes and numbers of clusters.
+temper that make held-out texts likeliest; `samples` the library's way over sample sizes and numbers of clusters;
+`replays` makes the fits of a run, each from what the last one left: does every domain keep an expert?
 """
 
 import argparse
@@ -30,6 +31,7 @@ from modeling_cse.clustering.texts import count_tokens
 from modeling_cse.evidence_cse import INDEPENDENT
 
 
+BATCH, REPLAYED = 8, (205, 405, 605, 805, 1005, 1405, 1805)  # texts a step, and steps with a fit
 POSITIONS = ((0, 8), (8, 32), (32, 128), (128, None))
 GENERAL = "general"
 MOST_CLUSTERS = 32
@@ -81,17 +83,21 @@ def one_sample(corpus: Corpus, size: int, seed: int, settings: ClusterSettings, 
     """A fit on `size` training blocks for `slots` experts, and which they were."""
     ids, _ = ids_and_domains(corpus.train)
     ids = ids[np.random.default_rng(seed).permutation(len(ids))[:size]]
-    fit = fit_texts(
+    return fit_sample(ids, settings, slots, Identities.none(len(corpus.tokenizer))), ids
+
+
+def fit_sample(ids: np.ndarray, settings: ClusterSettings, slots: int, known: Identities):
+    """Clusters and evidence of texts (N, T) for `slots` experts; `known` is what the fit before it left."""
+    return fit_texts(
         ids,
         np.full(len(ids), -1),
         held_out(len(ids)),
         settings,
-        Identities.none(len(corpus.tokenizer)),
-        vocab_size=len(corpus.tokenizer),
+        known,
+        vocab_size=known.centroids.shape[1],
         num_experts=slots,
         max_clusters=MOST_CLUSTERS,
     )
-    return fit, ids
 
 
 def compare_rules(corpus: Corpus, size: int, seed: int, settings: ClusterSettings, slots: int) -> list[dict]:
@@ -139,14 +145,52 @@ def measure_samples(
     return rows
 
 
+def replay(
+    corpus: Corpus, size: int, counts: Sequence[int], seeds: int, common_share: float, slots: int
+) -> list[dict]:
+    """
+    The fits of a run of 2,048 steps, one after the other, for several orders of the text.
+
+    Returns rows of a number of clusters and a choice of the common ones: of each domain the share of its sampled texts
+    whose cluster has an expert, `mean` and `least` over fits and orders, and `by_seed` those of single fits.
+    """
+    ids, domains = ids_and_domains(corpus.train)
+    rows = []
+    for count, common_by in product(counts, COMMON_BY):
+        served: dict[str, list[list[float]]] = {name: [] for name in corpus.mixture.shares}
+        for seed in range(seeds):
+            order = np.random.default_rng(seed).permutation(len(ids))
+            settings = ClusterSettings("text", count, common_share, seed=seed, common_by=common_by)
+            known = Identities.none(len(corpus.tokenizer))
+            of_fits = []
+            for end in (BATCH * step for step in REPLAYED):
+                sample = order[: min(end, len(ids))][-size:]
+                fit = fit_sample(ids[sample], settings, slots, known)
+                known = fit.ownership.identities
+                owned = fit.ownership.experts[fit.labels] >= 0
+                of_fits.append({name: float(owned[domains[sample] == name].mean()) for name in served})
+            for name, by_seed in served.items():
+                by_seed.append([round(each[name], 4) for each in of_fits])
+        row = {"texts": size, "clusters": count, "common_by": common_by}
+        row["domains"] = {
+            name: {"mean": float(np.mean(each)), "least": float(np.min(each)), "by_seed": each}
+            for name, each in served.items()
+        }
+        means = {name: (round(each["mean"], 3), each["least"]) for name, each in row["domains"].items()}
+        print({**row, "domains": means}, flush=True)
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     """Measures from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, default=Path("runs/longtail/corpus/main"))
     parser.add_argument("--texts", type=int, nargs="+", default=[640, 1640, 4096])
-    parser.add_argument("--clusters", type=int, nargs="+", default=[10, 14, 20, 28])
+    parser.add_argument("--clusters", type=int, nargs="+", default=[8, 10, 14, 20])
     parser.add_argument("--experts", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--orders", type=int, default=8, help="of the text, for replayed fits")
     parser.add_argument("--common_share", type=float, default=0.75)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -167,6 +211,14 @@ def main() -> None:
             arguments.texts,
             arguments.clusters,
             arguments.seeds,
+            arguments.common_share,
+            arguments.experts,
+        ),
+        "replays": replay(
+            corpus,
+            max(arguments.texts),
+            arguments.clusters,
+            arguments.orders,
             arguments.common_share,
             arguments.experts,
         ),

@@ -15,7 +15,7 @@ TEXT = "text"
 ALGORITHMS = (TEXT, *CENTROID_ALGORITHMS, *DENSITY_ALGORITHMS, GIVEN)
 
 NUM_CLUSTERS = 6
-NUM_TEXT_CLUSTERS = 14
+NUM_TEXT_CLUSTERS = 10
 COMMON_SHARE = 0.7
 COMMON_TEXT_SHARE = 0.75
 
@@ -36,7 +36,7 @@ class ClusterSettings:
     Fields:
         algorithm: one of `ALGORITHMS`; None stands for text where routes are read from evidence, else for kmeans.
         num_clusters: for kmeans, spherical and text how many to look for, at least 1, or a pair (low, high), low at
-            least 2: the number between them, both included, with the largest silhouette. None stands for 6 there (14
+            least 2: the number between them, both included, with the largest silhouette. None stands for 6 there (10
             for text), and is all that the others take, which find their number themselves. A list, as YAML has it,
             becomes a tuple.
         common_share: clusters are common, in the order of `common_by`, until together they hold this share, 0 to 1; or

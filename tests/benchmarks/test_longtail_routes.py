@@ -28,7 +28,8 @@ def test_what_is_found_and_how_pure_by_hand():
 def test_domains_with_words_of_their_own_are_found(tmp_path, monkeypatch):
     build_corpus(write_text(tmp_path / "text"), tmp_path / "corpus", tokens=16384, vocab_size=500)
     output = tmp_path / "routes.json"
-    arguments = ["--corpus", tmp_path / "corpus", "--texts", 500, "--clusters", 3, "--seeds", 2, "--output", output]
+    arguments = ["--corpus", tmp_path / "corpus", "--texts", 500, "--clusters", 3, "--seeds", 2, "--orders", 2]
+    arguments += ["--output", output]
     monkeypatch.setattr(sys, "argv", ["routes.py", *map(str, arguments), "--common_share", "0.5"])
     routes.main()
     record = json.loads(output.read_text())
@@ -39,3 +40,11 @@ def test_domains_with_words_of_their_own_are_found(tmp_path, monkeypatch):
         assert row["found"] > 0.9 and row["purity"] > 0.9 and row["general_routed"] < 0.2
     for row in record["rules"]:
         assert row["held_out_log_likelihood"] < 0 and row["found"] > 0.8
+    assert [row["common_by"] for row in record["replays"]] == ["size", "separation"]
+    for row in record["replays"]:
+        for name, domain in row["domains"].items():
+            by_seed = np.array(domain["by_seed"])
+            assert by_seed.shape == (2, len(routes.REPLAYED))
+            assert domain["mean"] == pytest.approx(by_seed.mean(), abs=1e-4)
+            assert domain["least"] == pytest.approx(by_seed.min(), abs=1e-4)
+            assert domain["mean"] > 0.9 if name != "general" else domain["mean"] < 0.2

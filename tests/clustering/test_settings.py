@@ -207,7 +207,7 @@ def test_labels_that_cannot_be_clusters_are_refused(labels, complaint):
 @pytest.mark.parametrize(
     ("routing", "algorithm", "clusters", "share"),
     [
-        ("evidence", "text", (14, 14), 0.75),
+        ("evidence", "text", (10, 10), 0.75),
         ("discriminant", "kmeans", (6, 6), 0.7),
         ("sequence", "kmeans", (6, 6), 0.7),
     ],

@@ -47,7 +47,7 @@ def test_very_few_texts_are_clusters_too(ids):
 
 
 def test_the_default_number_is_fourteen():
-    assert ClusterSettings("text").cluster_range == (14, 14) and ClusterSettings().cluster_range == (6, 6)
+    assert ClusterSettings("text").cluster_range == (10, 10) and ClusterSettings().cluster_range == (6, 6)
 
 
 @pytest.mark.parametrize(

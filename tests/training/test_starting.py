@@ -338,7 +338,7 @@ def test_wrong_settings_of_clusters_are_refused():
 
 
 def test_too_little_data_is_refused():
-    with pytest.raises(ValueError, match="num_clusters=14 is more than the 4 sequences"):
+    with pytest.raises(ValueError, match="num_clusters=10 is more than the 4 sequences"):
         from_dense(dense_model("gpt2"), rows(4))
     with pytest.raises(ValueError, match="no sequence reached"):
         from_dense(dense_model("gpt2"), [])
