@@ -88,7 +88,7 @@ class ClusterArguments:
         None, "kmeans, spherical, dbscan, hdbscan, text, or given. Default: text for evidence, else kmeans."
     )
     num_clusters: list[int] | None = _flag(
-        None, "Clusters to look for, or a range: 2 8. Default: 6, or 14 for text.", nargs="+"
+        None, "Clusters to look for, or a range: 2 8. Default: 6, or 10 for text.", nargs="+"
     )
     common_share: str | None = _flag(
         None, "Clusters are common until they hold it, by common_by; or elbow. Default: 0.7, or 0.75 for text."
