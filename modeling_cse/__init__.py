@@ -42,7 +42,9 @@ __version__ = "0.1.0.dev0"
 
 _LAZY = {
     "ClusterExpertsCallback": ".training",
+    "ModelCardCallback": ".hub",
     "check_checkpoint": ".training",
+    "describe_experts": ".hub",
     "fit_experts": ".training",
     "from_dense": ".training",
     "last_complete_checkpoint": ".training",
@@ -97,7 +99,9 @@ __all__ = [
     "CSEGPT2ForTokenClassification",
     "CSEGPT2Model",
     "ClusterExpertsCallback",
+    "ModelCardCallback",
     "check_checkpoint",
+    "describe_experts",
     "fit_experts",
     "from_dense",
     "last_complete_checkpoint",
