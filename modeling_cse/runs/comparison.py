@@ -40,9 +40,12 @@ class ComparisonArguments:
     size: str = _flag("1m", "1m, 7m, or a folder with a configuration of type cse_gpt2.")
     steps: int | None = _flag(None, "Optimizer steps of each model; default: two passes, at most 900 steps.")
     seeds: int = _flag(1, "Trainings of each model: from two on, intervals show the noise of training.")
+    smoke: bool = _flag(False, "As few steps as there can be, in a folder of its own, to see that it runs.")
     recipe: str = _flag(str(CONFIGURATION / "recipes" / "compare.yaml"), "Clusters and training.")
 
     def __post_init__(self):
+        if self.smoke:
+            self.steps, self.output = LEAST_STEPS, f"{self.output}_smoke"
         for name, value in (("seeds", self.seeds), ("steps", self.steps)):
             least = 1 if name == "seeds" else LEAST_STEPS
             if value is not None and value < least:
