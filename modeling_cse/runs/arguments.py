@@ -75,7 +75,9 @@ class DataArguments:
 
     dataset_name: str | None = _flag(None, "Data set on the Hub, or a local folder of one.")
     dataset_config_name: str | None = _flag(None, "Configuration of that data set.")
-    train_file: list[str] | None = _flag(None, "Training text: txt, json(l), csv or parquet, gz too.", nargs="+")
+    train_file: list[str] | None = _flag(
+        None, "Training text: txt, json(l), csv or parquet, gz too; or folders of txt files.", nargs="+"
+    )
     validation_file: list[str] | None = _flag(None, "Validation text, likewise.", nargs="+")
     validation_split_percentage: int = _flag(5, "Share of the training text to validate on without such a file.")
     text_column: str = _flag("text", "Column that holds the text.")

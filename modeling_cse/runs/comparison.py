@@ -32,7 +32,9 @@ MOST_EPOCHS = 2
 class ComparisonArguments:
     """What a user says."""
 
-    train: list[str] = _flag(None, "Text to train on: txt, json(l), csv or parquet, gz too.", nargs="+")
+    train: list[str] = _flag(
+        None, "Text to train on: txt, json(l), csv or parquet, gz too; or folders of txt files.", nargs="+"
+    )
     validation: list[str] | None = _flag(None, "Held-out text; default: a tenth of the documents.", nargs="+")
     text_column: str = _flag("text", "Column that holds the text.")
     domain_column: str | None = _flag(None, "Column that names a document's domain, if there is one.")
