@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
@@ -15,7 +16,7 @@ from .folders import digest_of, load_folders
 
 PathLike = str | os.PathLike
 Files = PathLike | Sequence[PathLike]
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = Dataset | IterableDataset
 
 _BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # Parquet is compressed inside already, and its footer cannot be found within a gzip stream.
@@ -82,11 +83,11 @@ def load_corpus(
             raise ValueError(f"{name}={value!r} must be at least 1, or None for all documents.")
 
     if dataset_name is not None:
-        options = {"trust_remote_code": True} if trust_remote_code else {}
+        options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
         options |= {"cache_dir": cache_dir, "token": token, "streaming": streaming}
         splits = _load_named(dataset_name, dataset_config_name, options)
     else:
-        splits = {"train": _load_files("train_file", train_file, cache_dir, streaming)}
+        splits = {"train": _load_files("train_file", cast(Files, train_file), cache_dir, streaming)}
         if validation_file is not None:
             splits["validation"] = _load_files("validation_file", validation_file, cache_dir, streaming)
 

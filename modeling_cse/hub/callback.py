@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import ModelCard
@@ -117,7 +117,7 @@ class ModelCardCallback(TrainerCallback):
         Returns:
             The card; None on other processes.
         """
-        trainer = self.trainer
+        trainer = self._attached
         if not trainer.is_world_process_zero():
             return None
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -139,10 +139,15 @@ class ModelCardCallback(TrainerCallback):
             datasets=_list(dataset_tags),
         )
 
+    @property
+    def _attached(self) -> Trainer:
+        """The trainer, which is there from `attach` on."""
+        return cast(Trainer, self.trainer)
+
     def _results(self) -> dict[str, dict[str, float]]:
         """Perplexities of the last evaluation by data set, and those of other models."""
         own: dict[str, float] = {}
-        for entry in self.trainer.state.log_history:
+        for entry in self._attached.state.log_history:
             for key, value in entry.items():
                 found = re.fullmatch(r"eval_(?:(.+)_)?loss", key)
                 if found:
@@ -151,7 +156,7 @@ class ModelCardCallback(TrainerCallback):
         return {THIS_MODEL: own, **self.results} if own else {}
 
     def _recipe(self) -> dict[str, Any]:
-        trainer, state = self.trainer, self.trainer.state
+        trainer, state = self._attached, self._attached.state
         recipe = {name: getattr(trainer.args, name) for name in RECIPE}
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ClusterExpertsCallback):
@@ -167,7 +172,7 @@ class ModelCardCallback(TrainerCallback):
         return recipe
 
     def _experts(self, model) -> list:
-        tokenizer = self.tokenizer or self.trainer.processing_class
+        tokenizer = self.tokenizer or self._attached.processing_class
         if self.texts is None:
             return []
         if any(is_sharded(parameter) for parameter in model.parameters()):

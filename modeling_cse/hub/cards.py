@@ -230,8 +230,8 @@ def _results_table(results: Mapping[str, Mapping[str, float]]) -> dict[str, list
         values = [results[run].get(domain) for run in runs]
         cells = ["–" if value is None else f"{value:.2f}" for value in values]
         if TWIN in results:
-            both = None not in values[:2] and values[1]
-            cells.insert(2, f"{values[0] / values[1]:.3f}" if both else "–")
+            own, twin = values[:2]
+            cells.insert(2, f"{own / twin:.3f}" if own is not None and twin else "–")
         rows.append([escape(domain), *cells])
     if TWIN in results:
         head.insert(2, "ratio to the twin")

@@ -61,10 +61,10 @@ class ModelArguments:
     def __post_init__(self):
         layers = self.cse_layers
         if layers in ("auto", ["auto"]):
-            self.cse_layers = "auto"
+            self.cse_layers = "auto"  # type: ignore[assignment]  # the annotation is what the parser reads
         elif layers is not None:
             try:
-                self.cse_layers = [int(layer) for layer in layers]
+                self.cse_layers = [int(layer) for layer in layers]  # type: ignore[misc]  # likewise
             except (TypeError, ValueError) as error:
                 raise ValueError(f"cse_layers={layers!r} is not allowed: it must be ints, or 'auto'.") from error
 
@@ -125,7 +125,8 @@ class ClusterArguments:
     def __post_init__(self):
         if isinstance(self.num_clusters, list):
             clusters = self.num_clusters
-            self.num_clusters = clusters[0] if len(clusters) == 1 else tuple(clusters)
+            # the annotation is what the parser reads
+            self.num_clusters = clusters[0] if len(clusters) == 1 else tuple(clusters)  # type: ignore[assignment]
         if self.control not in (None, *CONTROLS):
             raise ValueError(f"control={self.control!r} is not allowed: it must be one of {list(CONTROLS)}.")
         if (self.random_shares is None) == (self.control == "random"):
@@ -157,7 +158,7 @@ class ClusterArguments:
         }
 
 
-def _number_or_word(name: str, value: str | float, words: dict[str, Any]) -> Any:
+def _number_or_word(name: str, value: Any, words: dict[str | None, Any]) -> Any:
     if value in words:
         return words[value]
     try:

@@ -154,14 +154,14 @@ def _documents(documents: Dataset, text_column: str, domain_column: str | None) 
 
 
 def _tokens_by_domain(rows: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Counter:
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for text, domain in rows:
         counts[domain] += len(tokenizer(text, verbose=False)["input_ids"]) + 1  # and the end-of-text token
     return counts
 
 
 def _merged(counts: Counter, small: list[str]) -> Counter:
-    result = Counter()
+    result: Counter[str] = Counter()
     for domain, count in counts.items():
         result[OTHER if domain in small else domain] += count
     return result

@@ -4,7 +4,7 @@
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -81,7 +81,7 @@ def evaluate_by_domain(
             labels = batch.pop("labels")
             losses, tokens = token_losses(model(**batch).logits, labels, shift=causal)
             metric.add_batch(predictions=losses.tolist(), references=tokens.tolist(), domains=[domain] * len(losses))
-    result = metric.compute()
+    result = cast(dict, metric.compute())  # None on other processes than the first
     by_domain = result["perplexity_by_domain"]
     return by_domain if list(by_domain) == ["all"] else {**by_domain, "all": result["perplexity"]}
 
