@@ -17,10 +17,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PretrainedConfig
 
+from .. import HUB_CARDS
 from .experts import COMMON, ExpertDescription
 
 
-TEMPLATE = Path(__file__).resolve().parents[2] / "hub_cards" / "model_card.md"
+TEMPLATE = HUB_CARDS / "model_card.md"
 TAGS = ["cluster-guided-sparse-experts", "mixture-of-experts"]
 DOMAINS_SHOWN = 3
 THIS_MODEL, TWIN = "cse", "dense"
@@ -155,8 +156,7 @@ def _has_experts(config: PretrainedConfig) -> bool:
 def _template_path(template: str | Path | None) -> Path:
     path = TEMPLATE if template is None else Path(template)
     if not path.is_file():
-        hint = "; outside a checkout of the repository pass `template`" if template is None else ""
-        raise FileNotFoundError(f"`template`: there is no file {str(path)!r}{hint}")
+        raise FileNotFoundError(f"`template`: there is no file {str(path)!r}")
     return path
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from .. import CONFIGURATION
 from ..training import last_complete_checkpoint
 from .arguments import _flag, parse_arguments
 from .extract import Extract, digest, make_extract
@@ -19,7 +20,6 @@ from .page import write_page
 from .pretraining import GPT2, RUNS, Pretraining
 
 
-CONFIGURATION = Path(__file__).resolve().parents[2] / "configuration"
 # What goes with a configuration: vocabulary of the tokenizer that is trained on the text, and learning rate.
 SIZES = {"1m": (2048, 2.0e-3), "7m": (8192, 1.0e-3)}
 MOST_STEPS = 900
