@@ -34,11 +34,11 @@ def model_of(options: argparse.Namespace) -> str:
 
 def smoke_model() -> Path:
     """Trains the quickstart for eight steps, once, and returns its folder."""
-    folder = QUICKSTART.with_name("quickstart_smoke")
+    folder = QUICKSTART.with_name("small_model_smoke")
     if not (folder / "report.json").is_file():
         recipe = ROOT / "configuration" / "recipes" / "quickstart.yaml"
         data = {name: ROOT / "examples" / "data" / f"{name}.jsonl.gz" for name in ("train", "validation")}
         files = [part for name, path in data.items() for part in (f"--{name}_file", str(path))]
         config = ["--config_name", str(ROOT / "configuration" / "cse-gpt2-1m")]
-        pretrain(GPT2, [str(recipe), *config, *files, "--output_dir", str(QUICKSTART), "--smoke"])
+        pretrain(GPT2, [str(recipe), *config, *files, "--output_dir", str(QUICKSTART.with_name("small_model")), "--smoke"])
     return folder / "cse"
