@@ -18,7 +18,7 @@ PAGE = Path(__file__).parent / "reference.md"
 MODULES = ("modeling_cse", *(f"modeling_cse.{room}" for room in ("data", "evaluation", "analysis", "hub", "runs")))
 HEAD = """# Reference
 
-*Public names and what their docstrings say; made by `python docs/make_reference.py`, compared with the code by a test.*
+*Public names and what their docstrings say; made by `python docs/make_reference.py`, and compared by a test.*
 """
 
 

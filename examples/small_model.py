@@ -40,5 +40,6 @@ def smoke_model() -> Path:
         data = {name: ROOT / "examples" / "data" / f"{name}.jsonl.gz" for name in ("train", "validation")}
         files = [part for name, path in data.items() for part in (f"--{name}_file", str(path))]
         config = ["--config_name", str(ROOT / "configuration" / "cse-gpt2-1m")]
-        pretrain(GPT2, [str(recipe), *config, *files, "--output_dir", str(QUICKSTART.with_name("small_model")), "--smoke"])
+        place = ["--output_dir", str(QUICKSTART.with_name("small_model"))]
+        pretrain(GPT2, [str(recipe), *config, *files, *place, "--smoke"])
     return folder / "cse"

@@ -118,9 +118,9 @@ def test_a_guide_runs_from_its_first_block_to_its_last(path, checkout, monkeypat
                 run_command(command, checkout, monkeypatch)
 
 
-def test_the_configurations_page_runs():
-    text = (ROOT / "configuration" / "README.md").read_text(encoding="utf-8")
-    (block,) = [block for kind, block in BLOCK.findall(text) if kind == "python"]
-    names: dict = {}
-    exec(block, names)
-    assert names["model"].config.model_type == "cse_gpt2"
+@pytest.mark.parametrize("page", ["configuration/README.md", "examples/data/README.md"])
+def test_the_python_of_other_pages_runs(page, monkeypatch):
+    monkeypatch.chdir(ROOT)  # they write nothing
+    for kind, text in BLOCK.findall((ROOT / page).read_text(encoding="utf-8")):
+        if kind == "python":
+            exec(compile(text, page, "exec"), {})
