@@ -13,7 +13,7 @@ help:
 	@echo "make venv        pinned environment in $(VENV), made or renewed only if it is missing or outdated"
 	@echo "make test        the fast tests, then those marked slow; PYTEST_ARGS='-k perplexity' narrows them"
 	@echo "make quickstart  train a small model on a laptop"
-	@echo "make lint        ruff"
+	@echo "make lint        ruff, then mypy"
 	@echo "make clean       remove the environment, caches and build leftovers"
 
 venv: $(STAMP)
@@ -39,7 +39,8 @@ quickstart: venv
 
 lint: venv
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

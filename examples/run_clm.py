@@ -4,6 +4,7 @@
 Pretrain a GPT-2 with cluster-guided sparse experts on mixed-domain text.
 
     python examples/run_clm.py configuration/recipes/quickstart.yaml
+    python examples/run_clm.py configuration/recipes/quickstart.yaml --smoke   # eight steps of it
     python examples/run_clm.py configuration/recipes/quickstart.yaml --num_clusters 8 --output_dir runs/eight
     python examples/run_clm.py --config_name configuration/cse-gpt2-124m --tokenizer_name openai-community/gpt2 \
         --dataset_name Salesforce/wikitext --dataset_config_name wikitext-103-raw-v1 --streaming --max_steps 10000 \

@@ -4,6 +4,7 @@
 Pretrain a BERT with cluster-guided sparse experts on mixed-domain text.
 
     python examples/run_mlm.py configuration/recipes/quickstart_bert.yaml
+    python examples/run_mlm.py configuration/recipes/quickstart_bert.yaml --smoke   # eight steps of it
     python examples/run_mlm.py --config_name configuration/cse-bert-110m --train_file corpus.jsonl \
         --tokenizer_name google-bert/bert-base-uncased --domain_column domain --max_seq_length 128 \
         --output_dir runs/bert

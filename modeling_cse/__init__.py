@@ -7,6 +7,7 @@ clusters is imported when it is first asked for, so that loading a model needs t
 """
 
 from importlib import import_module
+from pathlib import Path
 
 from transformers import (
     AutoConfig,
@@ -40,9 +41,22 @@ from .modeling_cse_gpt2 import (
 
 __version__ = "0.1.0.dev0"
 
+
+def _shipped(name: str) -> Path:
+    """A folder that comes with the package: inside it where it is installed, beside it in a checkout."""
+    inside = Path(__file__).resolve().parent / name
+    return inside if inside.is_dir() else inside.parents[1] / name
+
+
+# Named configurations and recipes; templates of model cards.
+CONFIGURATION = _shipped("configuration")
+HUB_CARDS = _shipped("hub_cards")
+
 _LAZY = {
     "ClusterExpertsCallback": ".training",
+    "ModelCardCallback": ".hub",
     "check_checkpoint": ".training",
+    "describe_experts": ".hub",
     "fit_experts": ".training",
     "from_dense": ".training",
     "last_complete_checkpoint": ".training",
@@ -81,6 +95,8 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "CONFIGURATION",
+    "HUB_CARDS",
     "CSEBertConfig",
     "CSEBertForMaskedLM",
     "CSEBertForMultipleChoice",
@@ -97,7 +113,9 @@ __all__ = [
     "CSEGPT2ForTokenClassification",
     "CSEGPT2Model",
     "ClusterExpertsCallback",
+    "ModelCardCallback",
     "check_checkpoint",
+    "describe_experts",
     "fit_experts",
     "from_dense",
     "last_complete_checkpoint",

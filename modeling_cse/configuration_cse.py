@@ -2,11 +2,17 @@
 """Configurations: the stock GPT-2 and BERT fields plus the flags that choose where and how experts are used."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig, GPT2Config
 
+
+if TYPE_CHECKING:
+    # what a mixin stands before
+    from transformers import PreTrainedConfig as Stock
+else:
+    Stock = object
 
 MODULES = ("attention", "ffn")
 COMBINES = ("replace", "add")
@@ -53,7 +59,7 @@ def _is_int(value: Any) -> bool:
 
 
 @dataclass(repr=False, kw_only=True)
-class CSEFlags:
+class CSEFlags(Stock):
     """
     The flags both families share. They are validated together, so that a wrong one raises a plain `ValueError`.
 
@@ -232,7 +238,7 @@ class CSEFlags:
 
 @strict
 class CSEGPT2Config(CSEFlags, GPT2Config):
-    __doc__ = "Configuration of a GPT-2 with cluster-guided sparse experts.\n" + CSEFlags.__doc__
+    __doc__ = f"Configuration of a GPT-2 with cluster-guided sparse experts.\n{CSEFlags.__doc__}"
 
     model_type = "cse_gpt2"
     _auto_class = "AutoConfig"
@@ -257,7 +263,7 @@ class CSEGPT2Config(CSEFlags, GPT2Config):
 
 @strict
 class CSEBertConfig(CSEFlags, BertConfig):
-    __doc__ = "Configuration of a BERT with cluster-guided sparse experts.\n" + CSEFlags.__doc__
+    __doc__ = f"Configuration of a BERT with cluster-guided sparse experts.\n{CSEFlags.__doc__}"
 
     model_type = "cse_bert"
     _auto_class = "AutoConfig"

@@ -6,7 +6,7 @@ Shapes are named in routing_cse.py.
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +14,13 @@ from torch import nn
 from .experts_cse import CSEAttentionExperts, ExpertGroups, FusedExperts
 from .routing_cse import ClusterRouter, RoutingContext, shapes_may_depend_on_data
 from .sharding_cse import whole
+
+
+if TYPE_CHECKING:
+    # what a mixin stands before
+    from torch.nn import Module as Stock
+else:
+    Stock = object
 
 
 class Site(NamedTuple):
@@ -89,7 +96,7 @@ class RoutedTokens(NamedTuple):
         return answers if self.weights is None else answers * self.weights.unsqueeze(-1).to(answers.dtype)
 
 
-class RoutedModule:
+class RoutedModule(Stock):
     """
     A module with experts: it has a `router`, `experts` under a base, and the base's weights as
     `base_weights(of)`, in `nn.Linear` layout under the names of the fused tensors. `of` may put something else in the
@@ -263,7 +270,7 @@ class RoutedAttention(RoutedModule):
             self.dispatch.clear()
 
 
-class RoutedBlock:
+class RoutedBlock(Stock):
     """
     A block of which some modules (`routed_parts`) have experts. Stands before the stock block.
 
@@ -300,11 +307,13 @@ class AttentionDispatch:
         self.tokens = self.groups = None
 
     def __call__(self, states: torch.Tensor, base: Callable, projection: str) -> torch.Tensor:
-        answer = partial(self.attention.experts, groups=self.groups, projection=projection)
-        return self.attention.mix(states, self.tokens, base, answer)
+        # mypy's `partial` looks for a `__call__` of the class's own
+        answer = partial(self.attention.experts, groups=self.groups, projection=projection)  # type: ignore[misc]
+        # projections are asked between `group` and `clear` only
+        return self.attention.mix(states, self.tokens, base, answer)  # type: ignore[arg-type]
 
 
-class RoutedProjection:
+class RoutedProjection(Stock):
     """A base projection under its stock parameter names, that lets experts answer for routed tokens. Stands before
     `nn.Linear` or `Conv1D`."""
 
@@ -315,7 +324,7 @@ class RoutedProjection:
 
     def hand_over(self, module: nn.Module) -> None:
         """Makes a module that is to stand here, like a quantised linear layer, a routed projection as well."""
-        module.__class__ = routed_class(type(module))
+        module.__class__ = routed_class(type(module))  # type: ignore[arg-type]  # mypy: `type[Any]` is not Hashable
         module.dispatch, module.projection = self.dispatch, self.projection
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:

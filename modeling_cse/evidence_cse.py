@@ -33,6 +33,9 @@ class EvidenceRouter(RoutingState):
         log_shares (C,): log share of each cluster, the lowest float for rows not in use.
     """
 
+    evidence: torch.Tensor
+    log_shares: torch.Tensor
+
     def __init__(self, config):
         super().__init__()
         self.causal = config.reads_left_to_right

@@ -38,7 +38,7 @@ def sums_over_the_step(forward: Callable) -> Callable:
         outputs["loss"] = loss
         return outputs
 
-    wrapper.__signature__ = signature(forward)
+    wrapper.__signature__ = signature(forward)  # type: ignore[attr-defined]  # unknown to typeshed
     return wrapper
 
 

@@ -83,6 +83,8 @@ class CSEBertAttention(RoutedAttention, BertAttention):
 class CSEBertLayer(RoutedBlock, RoutedFFN, BertLayer):
     """The stock layer with experts beside its FFN, its attention, or both."""
 
+    chunk_size_feed_forward: int  # of the stock layer
+
     def __init__(self, config: CSEBertConfig, layer_idx: int | None = None):
         super().__init__(config, layer_idx=layer_idx)
         self.modules_with_experts = tuple(config.cse_modules)
@@ -98,12 +100,13 @@ class CSEBertLayer(RoutedBlock, RoutedFFN, BertLayer):
         named = {"attention": self.attention, "ffn": self}
         return {name: module for name, module in named.items() if name in self.modules_with_experts}
 
+    # `RoutedModule` says that they are there; nobody sets them here.
     @property
-    def router(self) -> ClusterRouter:
+    def router(self) -> ClusterRouter:  # type: ignore[override]
         return self.mlp.router
 
     @property
-    def experts(self) -> CSEExperts:
+    def experts(self) -> CSEExperts:  # type: ignore[override]
         return self.mlp.experts
 
     def base_ffn(self, states):

@@ -71,7 +71,7 @@ def carries_routing(forward: Callable, output_class: type[ModelOutput] | None = 
             outputs[key] = recorded[key]
         return outputs
 
-    wrapper.__signature__ = _with_labels(signature(forward))
+    wrapper.__signature__ = _with_labels(signature(forward))  # type: ignore[attr-defined]  # unknown to typeshed
     if output_class is not None:
         wrapper.__annotations__ = {**forward.__annotations__, "return": output_class}
     return wrapper

@@ -1,6 +1,8 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """What every model of both families does when it is built, initialised and loaded."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 from transformers.utils import logging
@@ -12,10 +14,16 @@ from .inputs_cse import holds_tokens
 from .routing_cse import ClusterRouter
 
 
+if TYPE_CHECKING:
+    # what a mixin stands before
+    from transformers import PreTrainedModel as Stock
+else:
+    Stock = object
+
 logger = logging.get_logger(__name__)
 
 
-class OutOfTreeMixin:
+class OutOfTreeMixin(Stock):
     """What transformers decides differently for models with experts that stand outside its own tree."""
 
     @classmethod
@@ -44,6 +52,8 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
         "evidence",
         "log_shares",
     ]
+    _no_split_modules: Any  # a list in the bodies of classes, a set in models
+    _tp_plan: dict[str, str]
 
     def __init__(self, config, *args, **kwargs):
         config.validate_cse_flags()
@@ -180,7 +190,7 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
             old.hand_over(module)
 
 
-class CSEBaseMixin:
+class CSEBaseMixin(Stock):
     """What the base models of both families share. A family says where its blocks stand (`blocks`), how a stock one is
     made (`stock_block(index)`), and which of its embeddings answer to which argument (`tables()`)."""
 

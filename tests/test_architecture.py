@@ -16,7 +16,7 @@ ALLOWED = {
     "data": set(),
     "evaluation": {"ground", "clustering", "training", "data"},
     "analysis": {"ground", "clustering", "training", "data"},
-    "hub": {"ground", "clustering", "training", "data"},
+    "hub": {"ground", "clustering", "training", "data", "evaluation", "analysis"},
     "runs": {"ground", "clustering", "training", "data", "evaluation", "analysis", "hub"},
 }
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))

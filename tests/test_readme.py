@@ -13,9 +13,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_examples_run_as_pasted(tmp_path, monkeypatch):
-    """With a data set as the text describes it, in a folder that has the configurations and a dense model."""
+    """With a data set as the text describes it, in a folder that has a dense model."""
     training, starting = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    (tmp_path / "configuration").symlink_to(ROOT / "configuration")
     monkeypatch.chdir(tmp_path)
     ids = torch.randint(0, 2048, (128, 32), generator=torch.Generator().manual_seed(0))
     names = {"train_dataset": [{"input_ids": row, "labels": row} for row in ids]}

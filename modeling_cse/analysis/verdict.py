@@ -124,7 +124,7 @@ def _in_words(gain: Gain) -> str:
 
 
 def _advice(answer: str, tail: Gain | None, seeds: int) -> list[str]:
-    if answer == "no":
+    if answer == "no" or tail is None:
         return [
             "This answer is for this size and these tokens. If you know of rare domains in the text, try more tokens "
             "(--steps) or a larger model (--size 7m)."

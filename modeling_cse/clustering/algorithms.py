@@ -3,6 +3,7 @@
 
 import warnings
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 from scipy.spatial.distance import cdist
@@ -115,12 +116,13 @@ def find_clusters(
         width = settings.projected_width(points.shape[1])
         if width is not None:
             points = project(points, width, seed)
-        if settings.density:
-            labels = density_labels(points, algorithm, settings.smallest_share)
+        smallest_share = settings.smallest_share
+        if smallest_share is not None:  # which only density algorithms have
+            labels = density_labels(points, algorithm, smallest_share)
             return _join_noise(embeddings, labels, max_clusters)
         if algorithm == "spherical":
             points = directions(points)
-        low, high = settings.cluster_range
+        low, high = cast(tuple[int, int], settings.cluster_range)  # k-means is told a number
         if not isinstance(settings.num_clusters, tuple):
             return describe_clusters(embeddings, _kmeans(points, low, seed, restarts))
         labels, silhouette = _best_kmeans(points, low, min(high, len(points)), seed, restarts)
@@ -164,11 +166,12 @@ def _best_kmeans(
     """The labels with the largest silhouette among k = low..high, the smallest k of equals, and that silhouette."""
     sample = np.random.default_rng(seed).permutation(len(points))[:SILHOUETTE_SAMPLE]
     distances = euclidean_distances(points[sample])  # the same for every number of clusters
-    best, best_score = None, None
+    best: np.ndarray  # the labels of `low` at least
+    best_score: float | None = None
     for count in range(low, high + 1):
         labels = _kmeans(points, count, seed, restarts)
         score = _silhouette(distances, labels[sample])
-        if best is None or (score is not None and (best_score is None or score > best_score)):
+        if count == low or (score is not None and (best_score is None or score > best_score)):
             best, best_score = labels, score
         if len(np.unique(labels)) < count:  # there are no more distinct points
             break

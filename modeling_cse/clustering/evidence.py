@@ -2,6 +2,7 @@
 """Evidence: what a token says about the cluster of its text, in closed form from token counts."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -54,7 +55,8 @@ class Evidence:
         held = held & (labels >= 0)
         if not held.any():
             return cls(log_ratios(counts, of_counts, len(shares), SMOOTHINGS[0]), shares)
-        best, likeliest = None, -np.inf
+        best: Evidence | None = None
+        likeliest = -np.inf
         for smoothing in SMOOTHINGS:
             whole = cls(log_ratios(counts, of_counts, len(shares), smoothing), shares, smoothing)
             sums = whole.sums(ids[held])
@@ -62,7 +64,7 @@ class Evidence:
                 likelihood = _log_likelihood(temper * sums + np.log(shares), ids[held], labels[held])
                 if likelihood > likeliest:
                     best, likeliest = cls(whole.table * np.float32(temper), shares, smoothing, temper), likelihood
-        return best
+        return cast(Evidence, best)  # any finite likelihood is above -inf
 
     def sums(self, ids: np.ndarray) -> np.ndarray:
         """Evidence of all tokens up to each one, discounted by their number: (N, L, K) float64."""

@@ -31,9 +31,10 @@ class RoutingFeatures:
     embeddings: torch.Tensor
     tokens: torch.Tensor
     positions: torch.Tensor
-    labels: torch.Tensor | None = None
-    passes: torch.Tensor | None = None
-    ids: torch.Tensor | None = None
+    # None is for `__post_init__`, which puts the default there
+    labels: torch.Tensor = None
+    passes: torch.Tensor = None
+    ids: torch.Tensor = None
 
     def __post_init__(self):
         if self.ids is None:

@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ def fit_layer(
             clustering.centroids,
             clustering.radii,
             clustering.shares,
-            common_share=settings.common_share,
+            common_share=cast(float | str, settings.common_share),
             num_experts=num_experts,
             patience=settings.patience,
         )
@@ -156,7 +157,7 @@ def _clusters(features: RoutingFeatures, settings: ClusterSettings, max_clusters
         return labelled_clusters(embeddings, features.labels.numpy(), max_clusters)
     return find_clusters(
         embeddings,
-        settings.algorithm,
+        cast(str, settings.algorithm),
         settings.num_clusters,
         settings.seed,
         projection=settings.projection,

@@ -2,6 +2,7 @@
 """One clustering of the sampled texts for all sites of a model, and the evidence that tells it from tokens."""
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -80,7 +81,7 @@ def fit_texts(
         evidence.table.T,
         clustering.shares.astype(np.float32),
         clustering.shares,
-        common_share=settings.common_share,
+        common_share=cast(float | str, settings.common_share),
         num_experts=num_experts,
         patience=settings.patience,
         matched=match_texts(before.of_texts(ids), len(identities), labels, len(clustering)),

@@ -2,6 +2,7 @@
 """Which cluster owns which expert, and how it stays so from one fit to the next."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -75,7 +76,7 @@ def long_tail(shares: np.ndarray, common_share: float | str, separations: np.nda
     order = np.argsort(-shares if separations is None else separations, kind="stable")
     before = np.cumsum(shares[order]) - shares[order]
     tail = np.empty(len(shares), bool)
-    tail[order] = before >= common_share - 1e-9
+    tail[order] = before >= cast(float, common_share) - 1e-9
     return tail
 
 
@@ -120,7 +121,7 @@ def assign_experts(
     radii: np.ndarray,
     shares: np.ndarray,
     *,
-    common_share: float,
+    common_share: float | str,
     num_experts: int,
     patience: int,
     matched: np.ndarray | None = None,

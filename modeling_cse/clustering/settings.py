@@ -115,8 +115,12 @@ class ClusterSettings:
         if self.algorithm not in (None, TEXT, *CENTROID_ALGORITHMS):
             right, allowed = False, "None, because their number is found, not asked for"
         else:
-            pair = isinstance(value, tuple) and len(value) == 2 and all(_is_int(end, 2) for end in value)
-            right = _is_int(value, 1) or (pair and value[0] <= value[1])
+            right = _is_int(value, 1) or (
+                isinstance(value, tuple)
+                and len(value) == 2
+                and all(_is_int(end, 2) for end in value)
+                and value[0] <= value[1]
+            )
             allowed = "an int >= 1, or a pair (low, high) with 2 <= low <= high"
         if not right:
             raise ValueError(
@@ -169,14 +173,15 @@ class ClusterSettings:
         Raises:
             ValueError: a projection that was asked for has more dimensions than there are.
         """
-        if self.projection == "auto":
+        asked = self.projection
+        if isinstance(asked, str):  # "auto"
             return DENSITY_PROJECTION if self.density and DENSITY_PROJECTION < width else None
-        if self.projection is not None and self.projection > width:
+        if asked is not None and asked > width:
             raise ValueError(
-                f"projection={self.projection} is not allowed for embeddings of {width} dimensions: it must be at "
+                f"projection={asked} is not allowed for embeddings of {width} dimensions: it must be at "
                 f"most {width}, or None."
             )
-        return self.projection
+        return asked
 
 
 def _is_int(value: object, least: int) -> bool:

@@ -7,6 +7,8 @@ k-means on the directions. A model's states tell the domains of its corpus apart
 them (docs/evidence/longtail.md); token counts do so from the first batch, and do not drift while the model trains.
 """
 
+from typing import cast
+
 import numpy as np
 from scipy.sparse import csr_matrix
 from sklearn.decomposition import TruncatedSVD
@@ -67,7 +69,7 @@ def cluster_texts(ids: np.ndarray, vocab_size: int, settings: ClusterSettings, m
     Raises:
         ValueError: see `find_clusters`.
     """
-    low, high = settings.cluster_range
+    low, high = cast(tuple[int, int], settings.cluster_range)  # k-means is told a number
     return find_clusters(
         embed_texts(ids, vocab_size, settings.seed),
         "kmeans",

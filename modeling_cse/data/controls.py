@@ -8,6 +8,7 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
@@ -120,7 +121,7 @@ class _DomainLabels:
     def __call__(self, batch: dict[str, list]) -> dict[str, list[int]]:
         return {CLUSTER_COLUMN: [self.labels.get(self.name_of(value), OTHER) for value in batch[DOMAIN_COLUMN]]}
 
-    def name_of(self, value: object) -> str:
+    def name_of(self, value: Any) -> str:
         if value is None:
             raise ValueError(f"column {DOMAIN_COLUMN!r} has rows without a value; every row needs one.")
         return self.class_names[value] if self.class_names is not None else str(value)

@@ -5,15 +5,18 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from .folders import digest_of, load_folders
+
 
 PathLike = str | os.PathLike
 Files = PathLike | Sequence[PathLike]
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = Dataset | IterableDataset
 
 _BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # Parquet is compressed inside already, and its footer cannot be found within a gzip stream.
@@ -49,7 +52,8 @@ def load_corpus(
         dataset_name: dataset on the Hub, or a local dataset directory. Either this or `train_file`.
         dataset_config_name: configuration of `dataset_name`.
         train_file: one path or several of one format: .txt (a line is a document), .json, .jsonl, .csv, each also
-            with .gz, or .parquet.
+            with .gz, or .parquet. Or folders: each .txt file in and below is a document there, and the first
+            subfolder on the way to it its `domain`.
         validation_file: as `train_file`, for the validation split; only together with `train_file`.
         validation_split_percentage: per cent of the documents for validation where the source has no such split.
         text_column: column with the text.
@@ -79,11 +83,11 @@ def load_corpus(
             raise ValueError(f"{name}={value!r} must be at least 1, or None for all documents.")
 
     if dataset_name is not None:
-        options = {"trust_remote_code": True} if trust_remote_code else {}
+        options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
         options |= {"cache_dir": cache_dir, "token": token, "streaming": streaming}
         splits = _load_named(dataset_name, dataset_config_name, options)
     else:
-        splits = {"train": _load_files("train_file", train_file, cache_dir, streaming)}
+        splits = {"train": _load_files("train_file", cast(Files, train_file), cache_dir, streaming)}
         if validation_file is not None:
             splits["validation"] = _load_files("validation_file", validation_file, cache_dir, streaming)
 
@@ -118,10 +122,15 @@ def _load_named(dataset_name: str, config_name: str | None, options: dict) -> di
 
 def _load_files(argument: str, files: Files, cache_dir: PathLike | None, streaming: bool) -> AnyDataset:
     paths = [str(path) for path in ([files] if isinstance(files, (str, os.PathLike)) else files)]
+    folders = [path for path in paths if Path(path).is_dir()]
+    if folders:
+        if folders != paths:
+            raise ValueError(f"{argument}={paths} mixes folders and files: name one kind.")
+        return load_folders(argument, folders, cache_dir, streaming)
     builder = _builder_of(argument, paths)
     # `datasets` knows a local file by its path and time of change. A copied or unpacked file may keep both and hold
     # other text, so that the content goes into the name under which the conversion is cached.
-    name = None if streaming else f"default-{_digest(paths)}"
+    name = None if streaming else f"default-{digest_of(paths)}"
     options = {"data_files": {"train": paths}, "split": "train", "cache_dir": cache_dir, "streaming": streaming}
     try:
         dataset = load_dataset(builder, name, **options)
@@ -149,15 +158,6 @@ def _builder_of(argument: str, paths: list[str]) -> str:
     if len(builders) > 1:
         raise ValueError(f"{argument}={paths} mixes the formats {builders}; the files of a split must share one.")
     return builders[0]
-
-
-def _digest(paths: list[str]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for path in paths:
-        with open(path, "rb") as handle:
-            while chunk := handle.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _keep_text(dataset: AnyDataset, split: str, text_column: str, domain_column: str | None) -> AnyDataset:

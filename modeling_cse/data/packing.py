@@ -2,6 +2,7 @@
 """Blocks: the tokens of many documents put end to end and cut into pieces of one length."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -64,7 +65,11 @@ def pack(
     _check_columns(dataset, text_column, domain_column)
     masked = _is_masked(tokenizer)
     encoder = _Encoder(tokenizer, masked, text_column, domain_column, _class_names(dataset, domain_column))
-    cutter = {"block_size": block_size, "with_labels": not masked, "with_domain": domain_column is not None}
+    cutter: dict[str, Any] = {
+        "block_size": block_size,
+        "with_labels": not masked,
+        "with_domain": domain_column is not None,
+    }
     features = _block_features(not masked, domain_column is not None)
     if streaming or is_stream:
         arguments = {"dataset": dataset, "encoder": encoder, "cutter": cutter}
@@ -136,7 +141,7 @@ class _Encoder:
         domains = [self.name_of(batch[self.domain_column][row]) if self.domain_column else "" for row in kept]
         return {"input_ids": self._encode([texts[row] for row in kept]), DOMAIN_COLUMN: domains}
 
-    def name_of(self, value: object) -> str:
+    def name_of(self, value: Any) -> str:
         if value is None:
             raise ValueError(f"domain_column={self.domain_column!r} has rows without a value; every row needs one.")
         return self.class_names[value] if self.class_names is not None else str(value)
@@ -168,7 +173,8 @@ class _Cutter:
         self.waiting: dict[str, list[int]] = {}
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        blocks, domains = [], []
+        blocks: list[list[int]] = []
+        domains: list[str] = []
         for ids, domain in zip(batch["input_ids"], batch[DOMAIN_COLUMN], strict=True):
             waiting = self.waiting.setdefault(domain, [])
             waiting.extend(ids)
@@ -176,7 +182,7 @@ class _Cutter:
             blocks.extend(waiting[start : start + self.block_size] for start in range(0, full, self.block_size))
             domains.extend([domain] * (full // self.block_size))
             del waiting[:full]
-        columns = {"input_ids": blocks, "attention_mask": [[1] * self.block_size for _ in blocks]}
+        columns: dict[str, list] = {"input_ids": blocks, "attention_mask": [[1] * self.block_size for _ in blocks]}
         if self.with_labels:
             columns["labels"] = blocks
         if self.with_domain:

@@ -89,11 +89,11 @@ def _train_bert(texts: Iterator[str], vocab_size: int) -> BertTokenizer:
 
 def _count_words(texts: Iterator[str], tokenizer: Tokenizer) -> Counter[str]:
     """How often each word occurs, of those that the alphabet can spell."""
-    words = Counter()
+    words: Counter[str] = Counter()
     for text in texts:
         normalized = tokenizer.normalizer.normalize_str(text)
         words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normalized))
-    characters = Counter()
+    characters: Counter[str] = Counter()
     for word, count in words.items():
         for character in word:
             characters[character] += count

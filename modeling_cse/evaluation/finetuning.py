@@ -123,7 +123,8 @@ def fine_tune(
     settings = settings or FineTuning()
     if not settings.learning_rates:
         raise ValueError("learning_rates=() is not allowed: it must hold at least one.")
-    best, chosen = None, None
+    best: float | None = None
+    chosen: Tuned  # the first one at least, as there is a learning rate
     for learning_rate in sorted(settings.learning_rates):
         base = load()
         set_seed(settings.seed)

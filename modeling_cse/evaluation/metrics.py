@@ -22,7 +22,7 @@ class _ClassMetric(InMemoryMetric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=self.__doc__.strip().splitlines()[0],
+            description=str(self.__doc__).strip().splitlines()[0],
             citation="",
             inputs_description=_INPUTS,
             features=datasets.Features(

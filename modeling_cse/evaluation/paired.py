@@ -28,7 +28,7 @@ class Estimate:
     seeds: int
 
 
-def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+def mean_interval(values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE) -> Estimate:
     """
     Mean with Student's t interval.
 
@@ -59,7 +59,8 @@ def _pair(first: Mapping[int, float], second: Mapping[int, float]) -> tuple[np.n
         raise ValueError(
             f"seeds {sorted(first)} and {sorted(second)} is not allowed: a paired comparison needs one that both have."
         )
-    return tuple(np.asarray([side[seed] for seed in seeds], dtype=np.float64) for side in (first, second))
+    one, other = (np.asarray([side[seed] for seed in seeds], dtype=np.float64) for side in (first, second))
+    return one, other
 
 
 def _log_ratios(numerators: Mapping[int, float], denominators: Mapping[int, float]) -> np.ndarray:
@@ -84,8 +85,8 @@ def ratio(
         ValueError: no common seed, or a number that is not above 0.
     """
     logs = mean_interval(_log_ratios(numerators, denominators), confidence)
-    ends = (None if end is None else math.exp(end) for end in (logs.lower, logs.upper))
-    return Estimate(float(np.exp(logs.value)), *ends, logs.seeds)
+    lower, upper = (None if end is None else math.exp(end) for end in (logs.lower, logs.upper))
+    return Estimate(float(np.exp(logs.value)), lower, upper, logs.seeds)
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float], confidence: float = CONFIDENCE) -> Estimate:

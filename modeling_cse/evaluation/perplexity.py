@@ -14,6 +14,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch.nn import functional
 from transformers import EvalPrediction
 
@@ -101,7 +102,10 @@ class PerplexityByDomain(Perplexity):
         info.features = datasets.Features({**info.features, "domains": datasets.Value("string")})
         return info
 
-    def _compute(self, predictions: Sequence[float], references: Sequence[int], domains: Sequence[str]) -> dict:
+    # `evaluate` hands features over by name, and a metric has its own
+    def _compute(  # type: ignore[override]
+        self, predictions: Sequence[float], references: Sequence[int], domains: Sequence[str] | np.ndarray
+    ) -> dict:
         nll, tokens, names = np.asarray(predictions), np.asarray(references), np.asarray(domains)
         overall = _summary(nll, tokens)
         parts = {
@@ -165,7 +169,7 @@ def perplexity_for_trainer() -> Callable[[EvalPrediction], dict[str, float | int
     return compute_metrics
 
 
-def _summary(nll: Sequence[float], tokens: Sequence[int], where: str = "") -> dict[str, float | int]:
+def _summary(nll: ArrayLike, tokens: ArrayLike, where: str = "") -> dict[str, float | int]:
     """exp of the token-mean loss; sums in float64, because millions of fp32 addends lose the fourth digit."""
     nll, tokens = np.asarray(nll, dtype=np.float64), np.asarray(tokens, dtype=np.int64)
     if (tokens < 0).any():
@@ -181,7 +185,7 @@ def _summary(nll: Sequence[float], tokens: Sequence[int], where: str = "") -> di
         return {"perplexity": float(np.exp(loss)), "loss": loss, "tokens": total}
 
 
-def _shape_of(value: object) -> str:
+def _shape_of(value: ArrayLike) -> str:
     if isinstance(value, (tuple, list)):
         return f"{type(value).__name__} of {len(value)}"
     return f"{type(value).__name__} of shape {np.shape(value)}"

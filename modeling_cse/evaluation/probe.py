@@ -67,7 +67,8 @@ def linear_probe(train: Split, validation: Split, test: Split, score: Score, gri
     """
     if not grid:
         raise ValueError("grid=() is not allowed: it must hold at least one inverse penalty.")
-    best, chosen = None, None
+    best: float | None = None
+    chosen: Probed  # the first one at least, as there is a penalty
     for c in sorted(grid):
         fitted = _fit(train, c)
         predictions = _predict(fitted, validation.features)

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from scipy.special import logsumexp, softmax
 from torch import nn
 
+from ..clustering import RoutingFeatures
 from ..clustering.texts import embed_texts
 from ..training import FeatureCollector, routed_base_model
 from .perplexity import token_losses
@@ -126,7 +128,7 @@ def _by_states(base: nn.Module, batches: Batches):
         masks.append(mask)
         ids.append(inputs["input_ids"].cpu().masked_fill(~mask, -1))
     collector.detach()
-    embeddings = collector.stores[site].as_it_is().embeddings
+    embeddings = cast(RoutingFeatures, collector.stores[site].as_it_is()).embeddings  # of one batch at least
     centroids = module.router.centroids[: module.router.num_clusters].cpu()
     distances = torch.cdist(embeddings, centroids, compute_mode="donot_use_mm_for_euclid_dist")
     clusters = distances.argmin(1)

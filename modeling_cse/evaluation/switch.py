@@ -11,7 +11,7 @@ and the load-balancing loss alpha * E * sum_i f_i P_i (equations 4 to 6) of each
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +33,19 @@ from transformers.utils.output_capturing import OutputRecorder
 from ..pretrained_cse import OutOfTreeMixin
 
 
+if TYPE_CHECKING:
+    # what a mixin stands before
+    from transformers import PreTrainedConfig as Stock
+else:
+    Stock = object
+
+
 def _is_number(value: Any, kind: Any, least: float, most: float = float("inf")) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
 
 
 @dataclass(repr=False, kw_only=True)
-class SwitchFlags:
+class SwitchFlags(Stock):
     """
     The flags both families share.
 

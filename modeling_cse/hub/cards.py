@@ -7,7 +7,7 @@ neither start a heading, a link or a tag, nor leave its table cell, nor end the 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PretrainedConfig
 
+from .. import HUB_CARDS
+from .experts import COMMON, ExpertDescription
 
-TEMPLATE = Path(__file__).resolve().parents[2] / "hub_cards" / "model_card.md"
+
+TEMPLATE = HUB_CARDS / "model_card.md"
 TAGS = ["cluster-guided-sparse-experts", "mixture-of-experts"]
+DOMAINS_SHOWN = 3
 THIS_MODEL, TWIN = "cse", "dense"
 VERSIONED = ("modeling_cse", "torch", "transformers")
 # Flags whose `None` means a default that the configuration works out, and the property that holds it.
@@ -41,11 +45,15 @@ def write_model_card(
     language: str | list[str] = "en",
     template: str | Path | None = None,
     repo_id: str | None = None,
+    name: str | None = None,
+    experts: Sequence[ExpertDescription] = (),
+    tags: Sequence[str] = (),
+    datasets: Sequence[str] = (),
 ) -> ModelCard:
     """Write `README.md` with its Hub metadata into a checkpoint's folder.
 
     Args:
-        folder: the checkpoint; made if need be. Its name is the model's name, unless `repo_id` is given.
+        folder: the checkpoint; made if need be. Its name is the model's name, unless `repo_id` or `name` is given.
         config: the model's configuration; every `cse_*` field of it is listed.
         results: run name to {domain: validation perplexity}. The run "cse" is this model and must be there unless
             the whole is empty; "dense", its twin without experts (same data, order and recipe), adds a column with
@@ -59,6 +67,10 @@ def write_model_card(
         language: one or several ISO 639 codes.
         template: another Jinja2 template, see `hub_cards/README.md`. Default: that of the repository.
         repo_id: where it will live on the Hub, for the usage block. Default: the folder that the card lies in.
+        name: the model's name, for the title.
+        experts: what each expert is for, by `describe_experts`.
+        tags: more tags for the metadata.
+        datasets: more Hub ids of data sets for the metadata.
 
     Returns:
         The card that was written. Perplexities that are not finite are in its table but not in its metadata, which
@@ -68,7 +80,7 @@ def write_model_card(
         FileNotFoundError: if there is no template.
         ValueError: if results lack "cse", or if the model is neither causal nor masked.
     """
-    name = repo_id.rsplit("/", 1)[-1] if repo_id else Path(folder).resolve().name
+    name = name or (repo_id.rsplit("/", 1)[-1] if repo_id else Path(folder).resolve().name)
     task = _task(config)
     if results and THIS_MODEL not in results:
         raise ValueError(f"`results` has the runs {list(results)}, allowed is a dict with {THIS_MODEL!r}, this model")
@@ -81,8 +93,8 @@ def write_model_card(
         license=license,
         library_name="transformers",
         pipeline_tag=task,
-        tags=[*TAGS, str(config.model_type)],
-        datasets=_hub_datasets(data) or None,
+        tags=list(dict.fromkeys([*TAGS, str(config.model_type), *tags])),
+        datasets=list(dict.fromkeys([*_hub_datasets(data), *datasets])) or None,
         metrics=["perplexity"] if results else None,
         base_model=base_model if base_model and _is_hub_id(base_model) else None,
         model_name=name if evaluated else None,
@@ -101,6 +113,7 @@ def write_model_card(
         recipe=_rows(recipe),
         data=_rows(data),
         results=_results_table(results),
+        experts=_experts_table(experts),
         versions=[(escape(package), escape(_version(package))) for package in VERSIONED],
         license_name=escape(license),
     )
@@ -143,8 +156,7 @@ def _has_experts(config: PretrainedConfig) -> bool:
 def _template_path(template: str | Path | None) -> Path:
     path = TEMPLATE if template is None else Path(template)
     if not path.is_file():
-        hint = "; outside a checkout of the repository pass `template`" if template is None else ""
-        raise FileNotFoundError(f"`template`: there is no file {str(path)!r}{hint}")
+        raise FileNotFoundError(f"`template`: there is no file {str(path)!r}")
     return path
 
 
@@ -218,12 +230,28 @@ def _results_table(results: Mapping[str, Mapping[str, float]]) -> dict[str, list
         values = [results[run].get(domain) for run in runs]
         cells = ["–" if value is None else f"{value:.2f}" for value in values]
         if TWIN in results:
-            both = None not in values[:2] and values[1]
-            cells.insert(2, f"{values[0] / values[1]:.3f}" if both else "–")
+            own, twin = values[:2]
+            cells.insert(2, f"{own / twin:.3f}" if own is not None and twin else "–")
         rows.append([escape(domain), *cells])
     if TWIN in results:
         head.insert(2, "ratio to the twin")
     return {"head": ["domain", *(escape(name) for name in head)], "rows": rows}
+
+
+def _experts_table(experts: Sequence[ExpertDescription]) -> dict[str, list]:
+    """Escaped head and rows, a row an expert. Empty without experts."""
+    if not experts:
+        return {}
+    domains = any(expert.domains for expert in experts)
+    rows = []
+    for expert in experts:
+        known = ", ".join(f"{name} {part:.0%}" for name, part in list(expert.domains.items())[:DOMAINS_SHOWN])
+        cells = ["none (common text)" if expert.expert == COMMON else str(expert.expert)]
+        cells += [f"{expert.share:.1%}", f"{expert.tokens:.1%}"]
+        cells += [known or "–"] if domains else []
+        rows.append([escape(cell) for cell in [*cells, ", ".join(expert.terms) or "–", expert.typical or "–"]])
+    head = ["expert", "of the texts", "of the tokens", *["domains"] * domains, "telling words", "a typical text"]
+    return {"head": head, "rows": rows}
 
 
 def _version(package: str) -> str:

@@ -17,6 +17,19 @@ def _flag(default: Any, help: str, **kwargs) -> Any:
     return field(default=default, metadata=metadata)
 
 
+# What `--smoke` puts behind all other flags: the whole way in seconds. Four steps hold enough text for ten clusters.
+SMOKE = {
+    "max_steps": 8,
+    "warmup": 4,
+    "recluster_every": 2,
+    "per_device_train_batch_size": 8,
+    "max_train_samples": 80,
+    "max_eval_samples": 20,
+    "warmup_steps": 2,
+    "logging_steps": 2,
+    "eval_steps": 4,
+    "save_steps": 8,
+}
 CONTROLS = ("oracle", "random")
 # Cluster arguments that are not the callback's.
 OF_THE_RUN = ("compare_with_dense", "control", "random_shares", "prompt")
@@ -48,10 +61,10 @@ class ModelArguments:
     def __post_init__(self):
         layers = self.cse_layers
         if layers in ("auto", ["auto"]):
-            self.cse_layers = "auto"
+            self.cse_layers = "auto"  # type: ignore[assignment]  # the annotation is what the parser reads
         elif layers is not None:
             try:
-                self.cse_layers = [int(layer) for layer in layers]
+                self.cse_layers = [int(layer) for layer in layers]  # type: ignore[misc]  # likewise
             except (TypeError, ValueError) as error:
                 raise ValueError(f"cse_layers={layers!r} is not allowed: it must be ints, or 'auto'.") from error
 
@@ -62,7 +75,9 @@ class DataArguments:
 
     dataset_name: str | None = _flag(None, "Data set on the Hub, or a local folder of one.")
     dataset_config_name: str | None = _flag(None, "Configuration of that data set.")
-    train_file: list[str] | None = _flag(None, "Training text: txt, json(l), csv or parquet, gz too.", nargs="+")
+    train_file: list[str] | None = _flag(
+        None, "Training text: txt, json(l), csv or parquet, gz too; or folders of txt files.", nargs="+"
+    )
     validation_file: list[str] | None = _flag(None, "Validation text, likewise.", nargs="+")
     validation_split_percentage: int = _flag(5, "Share of the training text to validate on without such a file.")
     text_column: str = _flag("text", "Column that holds the text.")
@@ -110,7 +125,8 @@ class ClusterArguments:
     def __post_init__(self):
         if isinstance(self.num_clusters, list):
             clusters = self.num_clusters
-            self.num_clusters = clusters[0] if len(clusters) == 1 else tuple(clusters)
+            # the annotation is what the parser reads
+            self.num_clusters = clusters[0] if len(clusters) == 1 else tuple(clusters)  # type: ignore[assignment]
         if self.control not in (None, *CONTROLS):
             raise ValueError(f"control={self.control!r} is not allowed: it must be one of {list(CONTROLS)}.")
         if (self.random_shares is None) == (self.control == "random"):
@@ -142,7 +158,7 @@ class ClusterArguments:
         }
 
 
-def _number_or_word(name: str, value: str | float, words: dict[str, Any]) -> Any:
+def _number_or_word(name: str, value: Any, words: dict[str | None, Any]) -> Any:
     if value in words:
         return words[value]
     try:
@@ -167,7 +183,8 @@ def parse_arguments(
     argv: list[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, ClusterArguments, TrainingArguments]:
     """
-    Reads `[recipe.yaml] [--flag value ...]`: flags go before the recipe, the recipe before the defaults.
+    Reads `[recipe.yaml] [--flag value ...]`: flags go before the recipe, the recipe before the defaults. `--smoke`
+    makes eight steps of it on little text, in a folder of its own: that of the run with `_smoke` behind it.
 
     Raises:
         ValueError: the recipe does not exist, is no mapping, or names a setting that there is not.
@@ -176,7 +193,13 @@ def parse_arguments(
     parser = HfArgumentParser((ModelArguments, DataArguments, ClusterArguments, TrainingArguments))
     if argv and argv[0].endswith((".yaml", ".yml")):
         parser.set_defaults(**_read_recipe(Path(argv.pop(0)), {action.dest for action in parser._actions}))
-    return parser.parse_args_into_dataclasses(args=argv)
+    parser.add_argument("--smoke", action="store_true", help="Eight steps on little text, to see that it runs.")
+    if "--smoke" in argv:
+        argv += [part for name, value in SMOKE.items() for part in (f"--{name}", str(value))]
+    *groups, rest = parser.parse_args_into_dataclasses(args=argv)
+    if rest.smoke:
+        groups[-1].output_dir += "_smoke"
+    return tuple(groups)
 
 
 def _read_recipe(path: Path, known: set[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from .. import CONFIGURATION
 from ..training import last_complete_checkpoint
 from .arguments import _flag, parse_arguments
 from .extract import Extract, digest, make_extract
@@ -19,7 +20,6 @@ from .page import write_page
 from .pretraining import GPT2, RUNS, Pretraining
 
 
-CONFIGURATION = Path(__file__).resolve().parents[2] / "configuration"
 # What goes with a configuration: vocabulary of the tokenizer that is trained on the text, and learning rate.
 SIZES = {"1m": (2048, 2.0e-3), "7m": (8192, 1.0e-3)}
 MOST_STEPS = 900
@@ -32,7 +32,9 @@ MOST_EPOCHS = 2
 class ComparisonArguments:
     """What a user says."""
 
-    train: list[str] = _flag(None, "Text to train on: txt, json(l), csv or parquet, gz too.", nargs="+")
+    train: list[str] = _flag(
+        None, "Text to train on: txt, json(l), csv or parquet, gz too; or folders of txt files.", nargs="+"
+    )
     validation: list[str] | None = _flag(None, "Held-out text; default: a tenth of the documents.", nargs="+")
     text_column: str = _flag("text", "Column that holds the text.")
     domain_column: str | None = _flag(None, "Column that names a document's domain, if there is one.")
@@ -40,9 +42,12 @@ class ComparisonArguments:
     size: str = _flag("1m", "1m, 7m, or a folder with a configuration of type cse_gpt2.")
     steps: int | None = _flag(None, "Optimizer steps of each model; default: two passes, at most 900 steps.")
     seeds: int = _flag(1, "Trainings of each model: from two on, intervals show the noise of training.")
+    smoke: bool = _flag(False, "As few steps as there can be, in a folder of its own, to see that it runs.")
     recipe: str = _flag(str(CONFIGURATION / "recipes" / "compare.yaml"), "Clusters and training.")
 
     def __post_init__(self):
+        if self.smoke:
+            self.steps, self.output = LEAST_STEPS, f"{self.output}_smoke"
         for name, value in (("seeds", self.seeds), ("steps", self.steps)):
             least = 1 if name == "seeds" else LEAST_STEPS
             if value is not None and value < least:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..data import load_corpus, train_tokenizer
+from ..data.folders import expand
 from ..training.memory import replace_whole
 
 
@@ -119,16 +120,16 @@ def make_extract(
 
 
 def digest(paths: Iterable[str]) -> str:
-    """A number for the content of files, by which a changed corpus is told from the one that a run began with.
+    """A number for the content of files or folders, by which a changed corpus is told from a run's own.
 
     Raises:
         ValueError: a file that there is not.
     """
     total = hashlib.blake2b(digest_size=8)
-    for path in paths:
-        if not Path(path).is_file():
-            raise ValueError(f"{path!r} is not allowed: it must be an existing file.")
-        with open(path, "rb") as file:
+    for path in expand(paths):
+        if not path.is_file():
+            raise ValueError(f"{str(path)!r} is not allowed: it must be an existing file, or a folder of text files.")
+        with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "blake2b").digest())
     return total.hexdigest()
 
@@ -153,14 +154,14 @@ def _documents(documents: Dataset, text_column: str, domain_column: str | None) 
 
 
 def _tokens_by_domain(rows: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Counter:
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for text, domain in rows:
         counts[domain] += len(tokenizer(text, verbose=False)["input_ids"]) + 1  # and the end-of-text token
     return counts
 
 
 def _merged(counts: Counter, small: list[str]) -> Counter:
-    result = Counter()
+    result: Counter[str] = Counter()
     for domain, count in counts.items():
         result[OTHER if domain in small else domain] += count
     return result

@@ -50,10 +50,11 @@ def write_page(folder: Path, extract: Extract, parts: list[Path], settings: dict
     gains = group_gains(arrays, with_domains=extract.domains is not None)
     agreement = float(np.mean([part["agreement"].mean() for part in arrays]))
     clarities = [clearest(fact["clusters"]) for fact in facts]
-    clarity = None if None in clarities else float(np.mean(clarities))
+    known = [clarity for clarity in clarities if clarity is not None]
+    clarity = float(np.mean(known)) if len(known) == len(clarities) else None
     kind = facts[0]["kind"]
     verdict = judge(gains.get(TAIL), gains.get(COMMON), clarity, agreement, len(parts), kind)
-    found = {
+    found: dict[str, Any] = {
         "settings": settings,
         "extract": {name: value for name, value in asdict(extract).items() if name != "folder"},
         "interval": _interval(len(parts)),
@@ -134,9 +135,10 @@ def _draw(
     plot_run(runs, None, folder / "losses.png")
     plot_gains(gains, _short_interval(len(parts)), folder / "gains.png")
     domains = first["sample_domains"].tolist() if with_domains else None
-    names = ("sample_embeddings", "sample_clusters", "centroids", "experts")
     by = {"evidence": "words", "states": "mean state"}[kind]
-    plot_found_clusters(*(first[name] for name in names), domains, folder / "clusters.png", by)
+    names = ("sample_embeddings", "sample_clusters", "centroids", "experts")
+    embeddings, clusters, centroids, experts = (first[name] for name in names)
+    plot_found_clusters(embeddings, clusters, centroids, experts, domains, folder / "clusters.png", by)
 
 
 # ---- sections ------------------------------------------------------------------------------------------------------

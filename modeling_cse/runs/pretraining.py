@@ -221,8 +221,9 @@ class Pretraining:
         control = self.cluster_arguments.control
         if control is None:
             return blocks
-        if control == "random":
-            return label_at_random(blocks, self.cluster_arguments.random_shares, self.args.seed)
+        shares = self.cluster_arguments.random_shares
+        if shares is not None:  # those of control="random"
+            return label_at_random(blocks, shares, self.args.seed)
         if isinstance(blocks, IterableDataset) or "domain" not in blocks.column_names:
             raise ValueError("control='oracle' is not allowed without a domain_column, or with streaming=True.")
         return label_by_domain(blocks, sorted(set(blocks["domain"])))

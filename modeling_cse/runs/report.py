@@ -4,15 +4,15 @@
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
 from ..analysis import plot_run, read_metrics
 from ..evaluation import PerplexityByDomain, expert_shares, token_losses
-from ..hub import write_model_card
+from ..hub import ExpertDescription, describe_experts, write_model_card
 from ..hub.cards import escape, one_line
 
 
@@ -61,6 +61,7 @@ def report_run(
         recipe=_used(recipe),
         data=data,
         base_model=base_model,
+        experts=_experts(models["cse"], AutoTokenizer.from_pretrained(folder / "cse"), validation),
     )
     print(f"\n{table}\nroutes:   share of tokens that go to experts  " + _routing_line(routing))
     print(f"sentence: {one_line(report['sentence'])}\nrun:      {folder} (figure.png, report.json, cse/)")
@@ -80,7 +81,7 @@ def evaluate_by_domain(
             labels = batch.pop("labels")
             losses, tokens = token_losses(model(**batch).logits, labels, shift=causal)
             metric.add_batch(predictions=losses.tolist(), references=tokens.tolist(), domains=[domain] * len(losses))
-    result = metric.compute()
+    result = cast(dict, metric.compute())  # None on other processes than the first
     by_domain = result["perplexity_by_domain"]
     return by_domain if list(by_domain) == ["all"] else {**by_domain, "all": result["perplexity"]}
 
@@ -125,6 +126,18 @@ def _common_labels(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def _routing_line(routing: dict[str, list[float]]) -> str:
     return ", ".join(f"{one_line(domain)} {sum(shares):.1%}" for domain, shares in routing.items())
+
+
+def _experts(model: PreTrainedModel, tokenizer, validation: dict[str, Dataset]) -> list[ExpertDescription]:
+    """What each expert is for, by validation text; nothing where clusters come with the batch or are yet to come."""
+    modules = model.base_model.routed_modules().values()
+    if model.config.cse_routing == "given" or not any(module.router.num_clusters for module in modules):
+        return []
+    rows = [
+        blocks.select_columns("input_ids").add_column("domain", [domain] * len(blocks))
+        for domain, blocks in validation.items()
+    ]
+    return describe_experts(model, tokenizer, concatenate_datasets(rows))
 
 
 def _used(recipe: dict[str, Any]) -> dict[str, Any]:

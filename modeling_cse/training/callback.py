@@ -4,6 +4,7 @@
 import math
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -158,7 +159,7 @@ class ClusterExpertsCallback(TrainerCallback):
         # Features drift while the model trains, so a fit sees the last batches before it and no older ones.
         fit = self._next_fit(state.global_step, state.max_steps)
         near = fit is not None and fit - state.global_step <= self._collecting_steps(args)
-        self.collector.enabled = self._moves() or near
+        self._sampler.enabled = self._moves() or near
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.idle.restore()
@@ -172,11 +173,11 @@ class ClusterExpertsCallback(TrainerCallback):
                 self._log(state, control, metrics)
         if self._next_fit(state.global_step - 1, state.max_steps) == state.global_step:
             self._log(state, control, self._fit(optimizer))
-            for store in self.collector.stores.values():
+            for store in self._sampler.stores.values():
                 store.newest()  # what was fitted moves nothing afterwards
             following = self._next_fit(state.global_step, state.max_steps)
             if following is None or following - state.global_step >= self._collecting_steps(args):
-                self.collector.clear()  # the next fit has a sample of its own
+                self._sampler.clear()  # the next fit has a sample of its own
         elif self._moves():
             self._move()
         self.saves.begin(args, state, control, partial(self._save, state=state))
@@ -218,6 +219,11 @@ class ClusterExpertsCallback(TrainerCallback):
         if self.layer_budget is None and self.base.config.cse_layers == "auto":
             return LAYER_BUDGET
         return self.layer_budget
+
+    @property
+    def _sampler(self) -> FeatureCollector:
+        """The collector, which is there once training has begun."""
+        return cast(FeatureCollector, self.collector)
 
     def _modules(self) -> list[RoutedModule]:
         return list(self.base.routed_modules().values())
@@ -267,9 +273,10 @@ class ClusterExpertsCallback(TrainerCallback):
         return math.ceil(self.sample_size / (args.train_batch_size * args.gradient_accumulation_steps * world_size()))
 
     def _begin_warmup(self, args: TrainingArguments, state: TrainerState, tokenizer) -> None:
-        if self.schedule.warmup != "auto":
-            self._first_fit = self.schedule.first_fit(state.max_steps)
-            self._check_warmup(state.max_steps)
+        first = self.schedule.first_fit(state.max_steps)
+        if first is not None:
+            self._first_fit = first
+            self._check_warmup(first, state.max_steps)
             return
         if any(module.router.num_clusters for module in self._modules()) and not self.memory.warmup:
             raise ValueError("warmup='auto' is not allowed for a model that has clusters: use warmup=0.")
@@ -284,19 +291,19 @@ class ClusterExpertsCallback(TrainerCallback):
             self.automatic.load(self.memory.warmup)
         self.automatic.attach()
 
-    def _check_warmup(self, max_steps: int) -> None:
+    def _check_warmup(self, first: int, max_steps: int) -> None:
         warmup, clustered = self.schedule.warmup, any(module.router.num_clusters for module in self._modules())
-        if self.first_fit >= max_steps:
+        if first >= max_steps:
             raise ValueError(
-                f"warmup={warmup!r} is not allowed: it ends at step {self.first_fit}, but training has only "
+                f"warmup={warmup!r} is not allowed: it ends at step {first}, but training has only "
                 f"{max_steps} steps, so no expert would ever be switched on."
             )
-        if self.first_fit == 0 and not clustered:
+        if first == 0 and not clustered:
             raise ValueError(
                 "warmup=0 is not allowed for a model without clusters: fit them first (fit_experts), or let the model "
                 "train densely for a while."
             )
-        if self.first_fit == 0 and self.schedule.update == "ema" and not self.memory.discriminants:
+        if first == 0 and self.schedule.update == "ema" and not self.memory.discriminants:
             raise ValueError("warmup=0 is not allowed with update='ema': averages start from a fit in this run.")
 
     def detach(self) -> None:
@@ -309,7 +316,7 @@ class ClusterExpertsCallback(TrainerCallback):
     def _fit(self, optimizer: Optimizer) -> dict[str, float]:
         sites = self._sites()
         first = not any(module.router.num_clusters for module in self._modules())
-        features = gather_features({site: self.collector.stores[site].as_it_is() for site in sites}, self.sample_size)
+        features = gather_features({site: self._sampler.stores[site].as_it_is() for site in sites}, self.sample_size)
         budget = self._budget() if first else None
         metrics, filled = fit_layers(self.base, features, self.settings, self.memory, budget, drifting=True)
         modules = self.base.routed_modules()
@@ -317,11 +324,11 @@ class ClusterExpertsCallback(TrainerCallback):
             start_moments(optimizer, modules[site], slots)
         self.idle.take(self._modules(), optimizer)
         if first:
-            self.collector.attach(self._sites())
+            self._sampler.attach(self._sites())
         return metrics
 
     def _move(self) -> None:
-        newest = {site: self.collector.stores[site].newest() for site in self.memory.discriminants}
+        newest = {site: self._sampler.stores[site].newest() for site in self.memory.discriminants}
         # not "part and ...": a process whose rows were all padding has features, but of no sequence
         newest = gather_features({s: None if part is None else part.without_tokens() for s, part in newest.items()})
         for site, features in newest.items():
@@ -333,7 +340,7 @@ class ClusterExpertsCallback(TrainerCallback):
                     self.ema_decay,
                 )
         if not self.schedule.repeats:  # nothing will ever be fitted on what was collected
-            self.collector.clear()
+            self._sampler.clear()
 
     def _log(self, state: TrainerState, control: TrainerControl, metrics: dict[str, float]) -> None:
         if self.trainer is None:
@@ -346,13 +353,13 @@ class ClusterExpertsCallback(TrainerCallback):
 
     def _save(self, folder: Path, state: TrainerState) -> None:
         self.memory.warmup = {} if self.automatic is None else self.automatic.state()
-        save_state(folder, rank(), state.global_step, self.memory, self.collector.stores, self.base)
+        save_state(folder, rank(), state.global_step, self.memory, self._sampler.stores, self.base)
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         """Takes up the memory of the checkpoint the Trainer has just loaded."""
         folder = find_state(args, state, self.base)
         if folder is not None:
-            load_state(folder, rank(), state.global_step, self.memory, self.collector.stores, self.base)
+            load_state(folder, rank(), state.global_step, self.memory, self._sampler.stores, self.base)
             check_sums(folder)
 
 

@@ -2,7 +2,7 @@
 """More than one process: features of all ranks go to every rank, one rank fits, and all get its result."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -45,10 +45,10 @@ def gather_features(
 
 
 def _joined(parts: list[RoutingFeatures | None], newest: int | None) -> RoutingFeatures | None:
-    parts = [part for part in parts if part is not None and len(part)]
-    if not parts:
+    found = [part for part in parts if part is not None and len(part)]
+    if not found:
         return None
-    whole = RoutingFeatures.concatenate(parts)
+    whole = RoutingFeatures.concatenate(found)
     # the capacity of a store counts sequences without a token too
     kept = whole[whole.passes.argsort(stable=True)[-(newest or 0) :]].present()
     return kept if len(kept) else None
@@ -59,7 +59,7 @@ def on_first_rank(compute: Callable[[], T]) -> T:
     none waits for the others."""
     if not is_distributed():
         return compute()
-    outcome = [None, None]
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = compute()

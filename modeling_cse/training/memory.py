@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -61,10 +62,11 @@ class ClusterMemory:
         self.warmup = {name.removeprefix("warmup."): t for name, t in named.items() if name.startswith("warmup.")}
         texts = {name.removeprefix("texts."): t.numpy() for name, t in named.items() if name.startswith("texts.")}
         self.texts = Identities(**texts) if texts else None
-        for kind, member_class, members in (
+        kinds: list[tuple[str, type, dict[Site, Any]]] = [
             ("identities", Identities, self.identities),
             ("discriminants", Discriminant, self.discriminants),
-        ):
+        ]
+        for kind, member_class, members in kinds:
             members.clear()
             for site in sorted({Site.parse(name.split(".")[1]) for name in named if name.startswith(kind)}):
                 prefix = f"{kind}.{site}."

@@ -44,12 +44,16 @@ def start_moments(optimizer: torch.optim.Optimizer, module: RoutedModule, slots:
     for parameter in module.experts.parameters():
         _begin_state(optimizer, parameter, like=_first_base_state(optimizer, module))
     for name in names:
-        base = module.base_weights(of=lambda parameter, name=name: whole(optimizer.state[parameter][name]))
+        base = module.base_weights(of=partial(_whole_state, optimizer, name))
         start = _start_of_slot(module, name, base)
         for key, parameter in module.experts.named_parameters():
             state = optimizer.state[parameter][name]
             for slot in slots:
                 write_slot(state, slot, start[key])
+
+
+def _whole_state(optimizer: torch.optim.Optimizer, name: str, parameter: nn.Parameter) -> torch.Tensor:
+    return whole(optimizer.state[parameter][name])
 
 
 def _start_in_zero(module: RoutedModule, slots: list[int]) -> None:
@@ -86,7 +90,12 @@ def _state_names(optimizer: torch.optim.Optimizer, module: RoutedModule) -> list
 
 def _first_base_state(optimizer: torch.optim.Optimizer, module: RoutedModule) -> dict:
     states: list[dict] = []
-    module.base_weights(of=lambda parameter: states.append(optimizer.state[parameter]) or parameter)
+
+    def look(parameter: nn.Parameter) -> torch.Tensor:
+        states.append(optimizer.state[parameter])
+        return parameter
+
+    module.base_weights(of=look)
     return states[0]
 
 

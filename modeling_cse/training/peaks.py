@@ -63,8 +63,9 @@ class PeakFinder:
         smoothed = self.smoothed()
         if len(smoothed) <= self.patience:
             return False
-        limit = self.peak[1] - self.margin * abs(self.peak[1])
-        below = (value <= limit and value < self.peak[1] for _, value in smoothed[-self.patience :])
+        highest = max(value for _, value in smoothed)
+        limit = highest - self.margin * abs(highest)
+        below = (value <= limit and value < highest for _, value in smoothed[-self.patience :])
         return all(below)
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -58,7 +58,7 @@ class FitSchedule:
 
     def first_fit(self, max_steps: int) -> int | None:
         """The step at whose end the warm-up is over; None with "auto"."""
-        return None if self.warmup == "auto" else as_step(self.warmup, max_steps)
+        return None if isinstance(self.warmup, str) else as_step(self.warmup, max_steps)
 
     def next_fit(self, first: int, step: int, max_steps: int) -> int | None:
         """
@@ -84,7 +84,7 @@ def as_step(time: int | float, max_steps: int) -> int:
     return math.ceil(time * max_steps) if isinstance(time, float) else time
 
 
-def _check_time(name: str, value: int | float, others: str) -> None:
+def _check_time(name: str, value: object, others: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
         raise ValueError(
             f"{name}={value!r} is not allowed: it must be {others}steps (int >= 0) or a share (float from 0 to 1)."

@@ -105,7 +105,7 @@ def from_dense(
     clarity = {}
     if budget:
         clarity = _clarity_by_layer(dense, ours, flags, batches, settings)
-        cse_layers = sorted(sorted(clarity, key=clarity.get, reverse=True)[:budget])
+        cse_layers = sorted(sorted(clarity, key=clarity.__getitem__, reverse=True)[:budget])
         logger.info(f"cse_layers={cse_layers}: clearest clusters of {clarity}.")
     model = _with_experts(dense, ours, {**flags, "cse_layers": cse_layers}, seed)
     metrics = fit_experts(model, batches, **settings)

@@ -70,9 +70,10 @@ class AutomaticWarmup:
         measured = self.consistency.measure() if step % self.interval == 0 else None
         if measured is not None:
             self.peaks.add(step, measured["gradient_consistency"])
-        if self.peaks.passed:
+        peak = self.peaks.peak
+        if peak is not None and self.peaks.passed:
             self.first_fit = min(step + self.collecting_steps, self.latest)
-            logger.info(f"gradient consistency peaked at step {self.peaks.peak[0]}: first fit at {self.first_fit}.")
+            logger.info(f"gradient consistency peaked at step {peak[0]}: first fit at {self.first_fit}.")
         elif step + self.collecting_steps >= self.latest:
             self.first_fit = max(self.latest, step + 1)
             logger.warning(

@@ -102,3 +102,12 @@ def test_cluster_arguments_are_what_the_callback_takes(tmp_path, text, name, mea
 def test_cluster_arguments_that_cannot_be_are_refused(tmp_path, text):
     with pytest.raises(ValueError, match=f"{text.split(':')[0]}|random_shares"):
         parse_arguments([recipe(tmp_path, text + "use_cpu: true\n")])[2].callback_arguments(seed=0)
+
+
+def test_smoke_shortens_any_run_and_gives_it_a_folder_of_its_own(tmp_path):
+    path = recipe(tmp_path, "max_steps: 600\noutput_dir: runs/mine\nuse_cpu: true\n")
+    _, data, clusters, training = parse_arguments([path, "--smoke", "--max_steps", "50"])
+    assert training.max_steps == 8 and training.output_dir == "runs/mine_smoke"
+    assert data.max_train_samples == 80 and (clusters.warmup, clusters.recluster_every) == ("4", 2)
+    _, data, _, training = parse_arguments([path])
+    assert training.max_steps == 600 and training.output_dir == "runs/mine" and data.max_train_samples is None

@@ -1,0 +1,62 @@
+#!/usr/bin/env python
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""
+Share a trained model: write its card, with what each expert is for, and upload the folder.
+
+    python examples/share_on_the_hub.py --model runs/quickstart/cse     # writes the card, uploads nothing
+    hf auth login
+    python examples/share_on_the_hub.py --model runs/quickstart/cse --repo my-name/my-cse-model --private
+    python examples/share_on_the_hub.py --smoke
+
+The code of the model lies in the folder, so that anyone loads it with `trust_remote_code=True`, without this package.
+A Trainer does the same at the end of a run: `ModelCardCallback(texts=...).attach(trainer)`, `trainer.push_to_hub()`.
+"""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from small_model import model_of, parser_for
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_cse import describe_experts
+from modeling_cse.data import load_corpus
+from modeling_cse.hub import write_model_card
+
+
+DATA = Path(__file__).parent / "data" / "validation.jsonl.gz"
+
+
+def main() -> None:
+    parser = parser_for(__doc__)
+    parser.add_argument("--repo", help="where to, as in my-name/my-model; without it nothing is uploaded")
+    parser.add_argument("--private", action="store_true")
+    parser.add_argument("--license", default="apache-2.0", help="of the weights, by the Hub's list")
+    parser.add_argument("--data", default=str(DATA), help="text to tell the experts by")
+    options = parser.parse_args()
+
+    folder = Path(model_of(options))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = load_corpus(train_file=options.data, validation_file=options.data)["train"]
+    report = folder.parent / "report.json"  # of the run, if it lies beside
+    write_model_card(
+        folder,
+        config=model.config,
+        results=json.loads(report.read_text(encoding="utf-8"))["perplexity"] if report.is_file() else {},
+        recipe={},
+        data={},
+        license=options.license,
+        repo_id=options.repo,
+        experts=describe_experts(model, tokenizer, texts),
+    )
+    print(f"card: {folder / 'README.md'}")
+    print("files:", ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())))
+    if options.repo:
+        hub = HfApi()
+        hub.create_repo(options.repo, private=options.private, exist_ok=True)
+        skipped = ["checkpoint*", "*.jsonl", "*.bin"]
+        print(hub.upload_folder(repo_id=options.repo, folder_path=folder, ignore_patterns=skipped))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+# Pretrain on all GPUs of a machine; clusters are found on the text of all of them.
+#
+#     bash examples/train_on_several_gpus.sh configuration/recipes/quickstart.yaml --output_dir runs/gpus
+#     ACCELERATE=fsdp2_gpu bash examples/train_on_several_gpus.sh my.yaml   # or zero2_gpu: larger models
+#     bash examples/train_on_several_gpus.sh --smoke                        # two processes on a CPU, a few steps
+#
+# It ends with the table and the picture of examples/run_clm.py, which it runs.
+set -euo pipefail
+
+here="$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$here"
+config="${ACCELERATE:-ddp_gpu}"
+arguments=("$@")
+if [[ "${1:-}" == "--smoke" ]]; then
+    config=ddp_cpu
+    arguments=(configuration/recipes/quickstart.yaml --smoke --use_cpu --output_dir runs/two_processes "${@:2}")
+fi
+exec "${PYTHON:-python}" -m accelerate.commands.launch --config_file "configuration/accelerate/$config.yaml" \
+    examples/run_clm.py "${arguments[@]}"

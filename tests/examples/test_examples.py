@@ -1,0 +1,70 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Every example runs from the first command of its own text, in a small size, and says what it promises."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+# Each example, and what it prints or leaves.
+SAYS = {
+    "compare.py": "worth it:",
+    "finetune_with_peft.py": "after:",
+    "look_at_experts.py": "no expert",
+    "perplexity_by_domain.py": "of them to experts",
+    "run_clm.py": "| legal |",
+    "run_mlm.py": "| legal |",
+    "serve_with_pipeline.py": "experts:",
+    "share_on_the_hub.py": "modeling_cse_gpt2.py",
+    "start_from_dense.py": "end: perplexity",
+    "train_on_several_gpus.sh": "| legal |",
+}
+
+
+def test_every_example_is_run():
+    names = {path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".sh")}
+    assert names - {"small_model.py"} == set(SAYS)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A folder that looks like a checkout: what the examples write goes there."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("examples", "configuration", "hub_cards", "modeling_cse"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def first_command(path: Path) -> list[str]:
+    """The first line of its text that calls it."""
+    found = re.search(rf"^#? *((?:python|bash) examples/{re.escape(path.name)}.*)$", path.read_text(), re.MULTILINE)
+    return found[1].split("#")[0].split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(name for name in SAYS if name.endswith(".py")))
+def test_it_runs_from_its_first_command(checkout, name, monkeypatch, capsys):
+    """In this process, which has loaded the libraries already."""
+    _, script, *arguments = first_command(ROOT / "examples" / name)
+    monkeypatch.chdir(checkout)
+    monkeypatch.setattr(sys, "argv", [script, *arguments, "--smoke"])
+    monkeypatch.syspath_prepend(str(checkout / "examples"))
+    for module in ("small_model",):  # its paths are those of the checkout that it was loaded from
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    runpy.run_path(script, run_name="__main__")
+    assert SAYS[name] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_several_processes_start_from_the_command_in_the_script(checkout):
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", "examples/train_on_several_gpus.sh", "--smoke"]
+    result = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert SAYS["train_on_several_gpus.sh"] in result.stdout

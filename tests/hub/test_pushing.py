@@ -1,0 +1,133 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Promises of pushing: what a Trainer or a model uploads, a stranger without this package loads and uses.
+
+The Hub is a stand-in on this machine (`stand_in.py`) that speaks its HTTP API; each client is a process of its own
+with an empty cache, because `huggingface_hub` reads its endpoint when it is imported.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from stand_in import USER, StandIn
+
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+
+TRAIN = """
+import sys
+sys.path[:0] = {paths!r}
+from hub_tiny import texts, tokenizer
+from tiny import EVIDENCE, tiny_model
+from tiny_runs import make_trainer, settings
+from modeling_cse import ClusterExpertsCallback, ModelCardCallback
+
+data = [{{"input_ids": row["input_ids"], "labels": row["input_ids"]}} for row in texts(seed=0)]
+callback = ClusterExpertsCallback(**settings(algorithm="text", sample_size=48))
+trainer = make_trainer("run", callback, model=tiny_model("gpt2", **EVIDENCE), data=data, push_to_hub=True,
+                       hub_model_id="{user}/tiny-cse", **{options!r})
+trainer.processing_class = tokenizer()
+trainer.eval_dataset = {{"law": data[4:6]}}
+ModelCardCallback(texts=texts(), license="mit").attach(trainer)
+trainer.train()
+trainer.evaluate()
+trainer.push_to_hub()
+"""
+
+# A stranger has torch and transformers; the package is made impossible to import.
+STRANGER = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "modeling_cse":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+options = {{"trust_remote_code": True, "revision": {revision!r}}}
+tokenizer = AutoTokenizer.from_pretrained("{user}/tiny-cse", **options)
+model = AutoModelForCausalLM.from_pretrained("{user}/tiny-cse", **options).eval()
+modules = model.base_model.routed_modules().values()
+inputs = tokenizer("wdi wdj weh", return_tensors="pt")
+out = model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
+print(type(model).__name__, [module.router.num_clusters for module in modules], out.shape[1])
+"""
+
+
+@pytest.fixture
+def hub():
+    with StandIn() as server:
+        yield server
+        assert server.refused == []
+
+
+def client(hub: StandIn, folder: Path, code: str) -> str:
+    """Runs a program in a process with an empty cache, without the package on its path. What it prints last."""
+    folder.mkdir(exist_ok=True)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=folder,
+        env={**kept, **hub.environment(folder / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout.strip().splitlines()[-1]
+
+
+def train(hub: StandIn, folder: Path, **options) -> dict[str, dict[str, bytes]]:
+    """A run that is pushed; the repository's branches."""
+    paths = [str(ROOT), str(HERE), str(HERE.parent)]
+    client(hub, folder, TRAIN.format(paths=paths, user=USER, options=options))
+    return hub.repositories[f"{USER}/tiny-cse"]
+
+
+def load(hub: StandIn, folder: Path, revision: str = "main") -> str:
+    return client(hub, folder, STRANGER.format(user=USER, revision=revision))
+
+
+@pytest.mark.slow
+def test_a_stranger_loads_what_a_trainer_pushed_and_reads_its_card(hub, tmp_path):
+    files = train(hub, tmp_path / "owner")["main"]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "modeling_cse_gpt2.py"} <= set(files)
+    assert load(hub, tmp_path / "stranger") == "CSEGPT2ForCausalLM [3, 3] 6"
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.license == "mit" and card.data.eval_results[0].dataset_name == "law"
+    assert f'source = "{USER}/tiny-cse"' in card.text and "## The experts" in card.text
+    assert not [path for path in files if path.startswith("checkpoint-")]
+
+
+@pytest.mark.slow
+def test_checkpoints_are_pushed_with_their_code(hub, tmp_path):
+    """`hub_strategy="all_checkpoints"`: each is a folder beside the model, and loads from there."""
+    saving = {"save_strategy": "steps", "save_steps": 5, "save_only_model": True}
+    files = train(hub, tmp_path / "owner", hub_strategy="all_checkpoints", **saving)["main"]
+    for name in ("config.json", "model.safetensors", "modeling_cse_gpt2.py"):
+        assert {f"checkpoint-5/{name}", f"checkpoint-10/{name}"} <= set(files)
+    assert load(hub, tmp_path / "stranger") == "CSEGPT2ForCausalLM [3, 3] 6"
+
+
+@pytest.mark.slow
+def test_a_model_is_pushed_as_a_revision(hub, tmp_path):
+    train(hub, tmp_path / "owner")
+    code = f"""
+    import sys
+    sys.path.insert(0, {str(ROOT)!r})
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import modeling_cse
+    model = AutoModelForCausalLM.from_pretrained("run")
+    model.push_to_hub("{USER}/tiny-cse", revision="smaller")
+    AutoTokenizer.from_pretrained("run").push_to_hub("{USER}/tiny-cse", revision="smaller")
+    print("pushed")
+    """
+    assert client(hub, tmp_path / "owner", code) == "pushed"
+    branches = hub.repositories[f"{USER}/tiny-cse"]
+    assert set(branches) == {"main", "smaller"} and "modeling_cse_gpt2.py" in branches["smaller"]
+    assert load(hub, tmp_path / "stranger", "smaller") == "CSEGPT2ForCausalLM [3, 3] 6"
