@@ -12,7 +12,6 @@ The code of the model lies in the folder, so that anyone loads it with `trust_re
 A Trainer does the same at the end of a run: `ModelCardCallback(texts=...).attach(trainer)`, `trainer.push_to_hub()`.
 """
 
-import json
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling_cse import describe_experts
 from modeling_cse.data import load_corpus
 from modeling_cse.hub import write_model_card
+from modeling_cse.runs import write_run_card
 
 
 DATA = Path(__file__).parent / "data" / "validation.jsonl.gz"
@@ -32,23 +32,18 @@ def main() -> None:
     parser.add_argument("--repo", help="where to, as in my-name/my-model; without it nothing is uploaded")
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--license", default="apache-2.0", help="of the weights, by the Hub's list")
-    parser.add_argument("--data", default=str(DATA), help="text to tell the experts by")
+    parser.add_argument("--data", default=str(DATA), help="text to tell the experts by, if no run lies beside")
     options = parser.parse_args()
 
     folder = Path(model_of(options))
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    texts = load_corpus(train_file=options.data, validation_file=options.data)["train"]
-    report = folder.parent / "report.json"  # of the run, if it lies beside
-    write_model_card(
-        folder,
-        config=model.config,
-        results=json.loads(report.read_text(encoding="utf-8"))["perplexity"] if report.is_file() else {},
-        recipe={},
-        data={},
-        license=options.license,
-        repo_id=options.repo,
-        experts=describe_experts(model, tokenizer, texts),
-    )
+    card = {"license": options.license, "repo_id": options.repo}
+    if (folder.parent / "report.json").is_file():  # a run of run_clm.py or run_mlm.py, which knows all of it
+        write_run_card(folder.parent, **card)
+    else:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        texts = load_corpus(train_file=options.data, validation_file=options.data)["train"]
+        experts = describe_experts(model, tokenizer, texts)
+        write_model_card(folder, config=model.config, results={}, recipe={}, data={}, experts=experts, **card)
     print(f"card: {folder / 'README.md'}")
     print("files:", ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())))
     if options.repo:

@@ -27,7 +27,12 @@ DOMAINS_SHOWN = 3
 THIS_MODEL, TWIN = "cse", "dense"
 VERSIONED = ("modeling_cse", "torch", "transformers")
 # Flags whose `None` means a default that the configuration works out, and the property that holds it.
-DEFAULTED = {"cse_layers": "cse_layer_indices", "cse_expert_size": "expert_size", "cse_max_clusters": "max_clusters"}
+DEFAULTED = {
+    "cse_layers": "cse_layer_indices",
+    "cse_expert_size": "expert_size",
+    "cse_max_clusters": "max_clusters",
+    "cse_gate": "gate",
+}
 # What Markdown, HTML or formulas take for markup within a line; what counts only where a line begins may stay.
 MARKUP = re.compile(r"[\\`*_\[\]<>|~$&]")
 ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "|": "&#124;", "`": "&#96;", "$": "&#36;"}

@@ -4,6 +4,7 @@
 from .arguments import parse_arguments
 from .comparison import compare
 from .pretraining import BERT, GPT2, pretrain
+from .report import write_run_card
 
 
-__all__ = ["BERT", "GPT2", "compare", "parse_arguments", "pretrain"]
+__all__ = ["BERT", "GPT2", "compare", "parse_arguments", "pretrain", "write_run_card"]

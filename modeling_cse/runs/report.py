@@ -3,12 +3,14 @@
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+from huggingface_hub import ModelCard
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
 from ..analysis import plot_run, read_metrics
 from ..evaluation import PerplexityByDomain, expert_shares, token_losses
@@ -47,25 +49,54 @@ def report_run(
     causal = models["cse"].can_generate()
     perplexity = {name: evaluate_by_domain(model, validation, batches, causal) for name, model in models.items()}
     routing = {domain: expert_shares(models["cse"], batches(blocks)) for domain, blocks in validation.items()}
-    report = {"perplexity": perplexity, "routing": routing, "sentence": complete(folder / "cse", prompt, causal)}
-    (folder / "report.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    recipe = {name: value for name, value in settings.items() if not name.startswith(("data.", "model."))}
+    experts = _experts(models["cse"], folder / "cse", validation)
+    report = {
+        "perplexity": perplexity,
+        "routing": routing,
+        "sentence": complete(folder / "cse", prompt, causal),
+        "recipe": _used(recipe),
+        "data": {domain: f"{len(blocks)} validation blocks" for domain, blocks in validation.items()},
+        "base_model": base_model,
+        "experts": [asdict(expert) for expert in experts],
+    }
+    text = json.dumps(report, indent=2, sort_keys=True, default=str) + "\n"
+    (folder / "report.json").write_text(text, encoding="utf-8")
     table = perplexity_table(perplexity)
     (folder / "report.md").write_text(table, encoding="utf-8")
     plot_run({name: read_metrics(folder / name / "metrics.jsonl") for name in models}, routing, folder / "figure.png")
-    recipe = {name: value for name, value in settings.items() if not name.startswith(("data.", "model."))}
-    data = {domain: f"{len(blocks)} validation blocks" for domain, blocks in validation.items()}
-    write_model_card(
-        folder / "cse",
-        config=models["cse"].config,
-        results=perplexity,
-        recipe=_used(recipe),
-        data=data,
-        base_model=base_model,
-        experts=_experts(models["cse"], AutoTokenizer.from_pretrained(folder / "cse"), validation),
-    )
+    write_run_card(folder)
     print(f"\n{table}\nroutes:   share of tokens that go to experts  " + _routing_line(routing))
     print(f"sentence: {one_line(report['sentence'])}\nrun:      {folder} (figure.png, report.json, cse/)")
-    return report
+    return json.loads(text)
+
+
+def write_run_card(folder: str | Path, **options) -> ModelCard:
+    """
+    Writes the model card of a finished run into its folder `cse`, from what lies there: the report and the model's
+    configuration.
+
+    Args:
+        folder: of the run, with `report.json`.
+        options: of `write_model_card`: `repo_id`, `license`, `language`, `template`, `tags`, `datasets`, `name`.
+
+    Raises:
+        ValueError: the folder holds no report.
+    """
+    path = Path(folder) / "report.json"
+    if not path.is_file():
+        raise ValueError(f"folder={str(folder)!r} is not allowed: it must be a finished run's, with report.json.")
+    report = json.loads(path.read_text(encoding="utf-8"))
+    return write_model_card(
+        Path(folder) / "cse",
+        config=AutoConfig.from_pretrained(Path(folder) / "cse"),
+        results=report["perplexity"],
+        recipe=report["recipe"],
+        data=report["data"],
+        base_model=report["base_model"],
+        experts=[ExpertDescription(**expert) for expert in report["experts"]],
+        **options,
+    )
 
 
 @torch.no_grad()
@@ -128,7 +159,7 @@ def _routing_line(routing: dict[str, list[float]]) -> str:
     return ", ".join(f"{one_line(domain)} {sum(shares):.1%}" for domain, shares in routing.items())
 
 
-def _experts(model: PreTrainedModel, tokenizer, validation: dict[str, Dataset]) -> list[ExpertDescription]:
+def _experts(model: PreTrainedModel, folder: Path, validation: dict[str, Dataset]) -> list[ExpertDescription]:
     """What each expert is for, by validation text; nothing where clusters come with the batch or are yet to come."""
     modules = model.base_model.routed_modules().values()
     if model.config.cse_routing == "given" or not any(module.router.num_clusters for module in modules):
@@ -137,7 +168,7 @@ def _experts(model: PreTrainedModel, tokenizer, validation: dict[str, Dataset]) 
         blocks.select_columns("input_ids").add_column("domain", [domain] * len(blocks))
         for domain, blocks in validation.items()
     ]
-    return describe_experts(model, tokenizer, concatenate_datasets(rows))
+    return describe_experts(model, AutoTokenizer.from_pretrained(folder), concatenate_datasets(rows))
 
 
 def _used(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,8 @@ def test_what_a_report_prints_stays_on_its_line(name, tmp_path, monkeypatch, cap
     (tmp_path / "cse").mkdir()
     (tmp_path / "cse" / "metrics.jsonl").write_text("")
     model = SimpleNamespace(can_generate=lambda: True, config=CSEGPT2Config(**SIZES["gpt2"]))
+    model.config.save_pretrained(tmp_path / "cse")
+    monkeypatch.setattr(report, "_experts", lambda *arguments: [])
     monkeypatch.setattr(report, "evaluate_by_domain", lambda *arguments: {name: 2.0})
     monkeypatch.setattr(report, "expert_shares", lambda *arguments: [0.5])
     monkeypatch.setattr(report, "plot_run", lambda *arguments: None)

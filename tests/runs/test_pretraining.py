@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from modeling_cse.runs import BERT, GPT2, pretrain
+from modeling_cse.runs import BERT, GPT2, pretrain, write_run_card
 
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +84,21 @@ def test_the_report_compares_with_the_dense_twin_by_domain(gpt2_run):
     assert "cse / dense" in (folder / "report.md").read_text()
     assert all(len(shares) == 4 and 0 <= sum(shares) <= 1 for shares in report["routing"].values())
     assert report["sentence"].startswith("The")
+
+
+def test_the_card_can_be_written_again_for_another_place(gpt2_run, tmp_path):
+    folder, found = gpt2_run
+    path = folder / "cse" / "README.md"
+    before = path.read_text(encoding="utf-8")
+    assert "## The experts" in before and "| domains |" in before and "## Training" in before
+    assert [expert["expert"] for expert in found["experts"]][-1] == -1
+    write_run_card(folder, repo_id="user/mine", license="mit")
+    after = path.read_text(encoding="utf-8")
+    assert 'source = "user/mine"' in after and "license: mit" in after
+    assert after.split("## Routing")[1].split("License:")[0] == before.split("## Routing")[1].split("License:")[0]
+    path.write_text(before, encoding="utf-8")
+    with pytest.raises(ValueError, match="a finished run's, with report.json"):
+        write_run_card(tmp_path)
 
 
 def test_evaluation_inside_training_and_of_the_saved_model_agree(gpt2_run):
