@@ -39,7 +39,9 @@ def count_tokens(ids: np.ndarray, vocab_size: int) -> csr_matrix:
     """
     rows = np.arange(len(ids)).repeat((ids >= 0).sum(axis=1))
     tokens = ids[ids >= 0]
-    return csr_matrix((np.ones(len(tokens)), (rows, tokens)), shape=(len(ids), vocab_size))
+    counts = csr_matrix((np.ones(len(tokens)), (rows, tokens)), shape=(len(ids), vocab_size))
+    counts.sum_duplicates()  # scipy 1.13.0 leaves them apart
+    return counts
 
 
 def embed_texts(ids: np.ndarray, vocab_size: int, seed: int) -> np.ndarray:

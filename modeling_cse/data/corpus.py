@@ -4,6 +4,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -162,7 +163,7 @@ def _builder_of(argument: str, paths: list[str]) -> str:
 
 def _keep_text(dataset: AnyDataset, split: str, text_column: str, domain_column: str | None) -> AnyDataset:
     """`dataset` without its blank rows, after a check of its columns."""
-    peeked = list(dataset.take(_PEEKED_ROWS))
+    peeked = list(islice(dataset, _PEEKED_ROWS))
     columns = dataset.column_names or sorted({column for row in peeked for column in row})
     if not peeked:
         raise ValueError(f'the "{split}" split is empty: it has no rows.')

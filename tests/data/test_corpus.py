@@ -127,7 +127,8 @@ def test_changed_file_of_the_same_age_is_read_again(tmp_path, load):
 @pytest.mark.parametrize(
     ("content", "name", "arguments", "message"),
     [
-        ("", "a.jsonl", {}, r"train_file=.*a\.jsonl'\] holds no rows readable as json"),
+        # datasets 4.0 streams an empty file without complaint
+        ("", "a.jsonl", {}, r"train_file=.*a\.jsonl'\] holds no rows readable as json|split is empty"),
         ("", "a.csv", {}, "train_file=.*holds no rows"),
         ("", "a.txt", {}, "(train_file=.*holds no rows|split is empty)"),
         ("text\n", "a.csv", {}, "(train_file=.*holds no rows|split is empty)"),

@@ -107,7 +107,8 @@ def test_a_stranger_loads_what_a_trainer_pushed_and_reads_its_card(hub, tmp_path
 @pytest.mark.slow
 def test_checkpoints_are_pushed_with_their_code(hub, tmp_path):
     """`hub_strategy="all_checkpoints"`: each is a folder beside the model, and loads from there."""
-    saving = {"save_strategy": "steps", "save_steps": 5, "save_only_model": True}
+    # otherwise the Trainer leaves a checkpoint out while it still uploads the one before
+    saving = {"save_strategy": "steps", "save_steps": 5, "save_only_model": True, "hub_always_push": True}
     files = train(hub, tmp_path / "owner", hub_strategy="all_checkpoints", **saving)["main"]
     for name in ("config.json", "model.safetensors", "modeling_cse_gpt2.py"):
         assert {f"checkpoint-5/{name}", f"checkpoint-10/{name}"} <= set(files)

@@ -6,7 +6,17 @@ from itertools import product
 
 import pytest
 import torch
-from tiny import LANGUAGE_HEADS, activate, dense_model, labelled, routed_module, routed_modules, tiny_model, token_ids
+from tiny import (
+    LANGUAGE_HEADS,
+    ONE_GRAPH,
+    activate,
+    dense_model,
+    labelled,
+    routed_module,
+    routed_modules,
+    tiny_model,
+    token_ids,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import StaticCache
@@ -167,6 +177,7 @@ COMPILED = [
 ]
 
 
+@ONE_GRAPH
 @pytest.mark.parametrize(("family", "head", "flags"), COMPILED, ids=str)
 def test_compiled_training_is_one_graph_and_stays_it_when_clusters_change(family, head, flags):
     """The whole model with its loss; the backend runs the graphs of both passes as they are."""
@@ -187,6 +198,7 @@ def test_compiled_training_is_one_graph_and_stays_it_when_clusters_change(family
         torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
+@ONE_GRAPH
 def test_compiled_decoding_with_a_static_cache_is_one_graph(combine):
     """Also when clusters change in the middle of a text."""
     model = activate(tiny_model("gpt2", "ForCausalLM", cse_combine=combine, cse_modules=["attention", "ffn"])).eval()

@@ -7,7 +7,17 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import LANGUAGE_HEADS, activate, dense_model, expert_ids, labelled, routed_module, tiny_model, token_ids
+from tiny import (
+    LANGUAGE_HEADS,
+    ONE_GRAPH,
+    activate,
+    dense_model,
+    expert_ids,
+    labelled,
+    routed_module,
+    tiny_model,
+    token_ids,
+)
 from transformers import GenerationConfig
 
 
@@ -288,6 +298,7 @@ def test_checkpointed_activations_give_the_same_loss_and_gradients(family, head)
     assert gradients[0].abs().sum() > 0
 
 
+@ONE_GRAPH
 @pytest.mark.parametrize(("family", "head"), LANGUAGE_HEADS)
 def test_one_graph_equals_eager_also_when_evidence_changes(family, head):
     torch._dynamo.reset()

@@ -3,13 +3,15 @@
 
 import pytest
 import torch
-from tiny import activate, labelled, tiny_model
+from tiny import ONE_GRAPH, activate, labelled, tiny_model
 from tiny_runs import fit_steps, history, settings, train
 from torch._dynamo.utils import counters
 
 from modeling_cse import ClusterExpertsCallback
 from modeling_cse.training import FeatureCollector
 
+
+pytestmark = ONE_GRAPH
 
 @pytest.mark.parametrize(("family", "head"), [("gpt2", "ForCausalLM"), ("bert", "ForMaskedLM")])
 def test_a_collector_sees_what_it_sees_without_compiling(family, head):
