@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""Analysis: what happened during a run, in pictures and words. A leaf package; needs the `train` extra."""
+"""Analysis: what happened during a run, in pictures and words. Needs the `analysis` extra."""
 
 from .clusters import ClusterView, plot_reclustering
 from .comparison_figures import cluster_names, plot_found_clusters, plot_gains

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""Evaluation: how well a model predicts and where it routes, in numbers. A leaf package; needs the `train` extra."""
+"""Evaluation: how well a model predicts and where it routes, in numbers. Needs the `eval` extra."""
 
 from .frequency import NGramCounts, PerplexityByBin
 from .metrics import Accuracy, MacroF1, MatthewsCorrelation
