@@ -17,27 +17,11 @@ from transformers.utils import logging
 
 from ..sharding_cse import is_sharded
 from ..training import ClusterExpertsCallback
-from .cards import THIS_MODEL, write_model_card
+from .cards import RECIPE, THIS_MODEL, write_model_card
 from .experts import describe_experts
 
 
 logger = logging.get_logger(__name__)
-
-# Of the Trainer's arguments those that a reader of the card wants.
-RECIPE = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "warmup_steps",
-    "weight_decay",
-    "adam_beta2",
-    "bf16",
-    "fp16",
-    "seed",
-)
 
 
 class ModelCardCallback(TrainerCallback):

@@ -23,6 +23,19 @@ from .experts import COMMON, ExpertDescription
 
 TEMPLATE = HUB_CARDS / "model_card.md"
 TAGS = ["cluster-guided-sparse-experts", "mixture-of-experts"]
+# Of the Trainer's arguments those that a reader of a card wants.
+RECIPE = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "warmup_steps",
+    "weight_decay",
+    "bf16",
+    "seed",
+)
 DOMAINS_SHOWN = 3
 THIS_MODEL, TWIN = "cse", "dense"
 VERSIONED = ("modeling_cse", "torch", "transformers")

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from ..analysis import plot_run, read_metrics
 from ..evaluation import PerplexityByDomain, expert_shares, token_losses
 from ..hub import ExpertDescription, describe_experts, write_model_card
-from ..hub.cards import escape, one_line
+from ..hub.cards import RECIPE, escape, one_line
 
 
 Batches = Callable[[Dataset], Iterable[dict[str, torch.Tensor]]]
@@ -49,13 +49,12 @@ def report_run(
     causal = models["cse"].can_generate()
     perplexity = {name: evaluate_by_domain(model, validation, batches, causal) for name, model in models.items()}
     routing = {domain: expert_shares(models["cse"], batches(blocks)) for domain, blocks in validation.items()}
-    recipe = {name: value for name, value in settings.items() if not name.startswith(("data.", "model."))}
     experts = _experts(models["cse"], folder / "cse", validation)
     report = {
         "perplexity": perplexity,
         "routing": routing,
         "sentence": complete(folder / "cse", prompt, causal),
-        "recipe": _used(recipe),
+        "recipe": _used(settings),
         "data": {domain: f"{len(blocks)} validation blocks" for domain, blocks in validation.items()},
         "base_model": base_model,
         "experts": [asdict(expert) for expert in experts],
@@ -171,19 +170,7 @@ def _experts(model: PreTrainedModel, folder: Path, validation: dict[str, Dataset
     return describe_experts(model, AutoTokenizer.from_pretrained(folder), concatenate_datasets(rows))
 
 
-def _used(recipe: dict[str, Any]) -> dict[str, Any]:
+def _used(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings a reader wants in a card: what is set, without the Trainer's many unused ones."""
-    shown = (
-        "clusters.",
-        "training.learning_rate",
-        "training.lr_scheduler_type",
-        "training.max_steps",
-        "training.num_train_epochs",
-        "training.per_device_train_batch_size",
-        "training.gradient_accumulation_steps",
-        "training.warmup_steps",
-        "training.weight_decay",
-        "training.bf16",
-        "training.seed",
-    )
-    return {name: value for name, value in recipe.items() if name.startswith(shown) and value is not None}
+    shown = ("clusters.", *(f"training.{name}" for name in RECIPE))
+    return {name: value for name, value in settings.items() if name.startswith(shown) and value is not None}

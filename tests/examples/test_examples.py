@@ -55,8 +55,7 @@ def test_it_runs_from_its_first_command(checkout, name, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
     monkeypatch.setattr(sys, "argv", [script, *arguments, "--smoke"])
     monkeypatch.syspath_prepend(str(checkout / "examples"))
-    for module in ("small_model",):  # its paths are those of the checkout that it was loaded from
-        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.delitem(sys.modules, "small_model", raising=False)  # it knows the place that it was loaded from
     runpy.run_path(script, run_name="__main__")
     assert SAYS[name] in capsys.readouterr().out
 

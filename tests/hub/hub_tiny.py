@@ -1,12 +1,14 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Texts of three domains with words of their own, for the tests of cards."""
 
-import torch
+from itertools import cycle
+
+from tiny_runs import DOMAINS, rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 
-DOMAINS = ("general", "law", "medicine")
+NAMES = ("general", "law", "medicine")
 # Each domain has thirty words of its own, ids 5 to 97; names are spelled with letters only.
 LETTERS = "abcdefghij"
 
@@ -22,12 +24,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")
 
 
-def texts(count: int = 96, length: int = 12, seed: int = 3) -> list[dict]:
+def texts(count: int = 96, seed: int = 3) -> list[dict]:
     """Rows as in `tiny_runs.rows`, with the domain's name."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for number in range(count):
-        domain = (0, 0, 0, 0, 1, 1, 2, 2)[number % 8]
-        ids = torch.randint(0, 30, (length,), generator=generator) + 5 + 31 * domain
-        made.append({"input_ids": ids, "domain": DOMAINS[domain]})
-    return made
+    return [
+        {"input_ids": row["input_ids"], "domain": NAMES[domain]}
+        for row, domain in zip(rows(count, seed=seed), cycle(DOMAINS), strict=False)
+    ]

@@ -79,7 +79,7 @@ def test_the_order_of_callbacks_does_not_matter(tmp_path):
     assert cards[0] == cards[1]
 
 
-def test_without_clusters_or_texts_it_says_nothing_of_experts(tmp_path, caplog):
+def test_without_clusters_or_texts_it_says_nothing_of_experts(tmp_path):
     trainer, _ = run(tmp_path, train=False, texts=texts(), tokenizer=tokenizer())
     trainer.create_model_card()
     assert "## The experts" not in (tmp_path / "README.md").read_text(encoding="utf-8")
