@@ -1,12 +1,15 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Recipes and flags."""
 
+import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from modeling_cse import ClusterExpertsCallback
-from modeling_cse.runs.arguments import parse_arguments, steps_or_share
+from modeling_cse.runs import arguments
+from modeling_cse.runs.arguments import has_bf16, parse_arguments, steps_or_share
 
 
 RECIPES = Path(__file__).parents[2] / "configuration" / "recipes"
@@ -37,6 +40,33 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     _, data, clusters, training = parse_arguments([path, "--num_clusters", "3", "--use_cpu"])
     assert (clusters.num_clusters, data.block_size, training.learning_rate) == (3, 64, 1e-3)
     assert clusters.recluster_every == 500
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_bf16_auto_asks_the_machine(tmp_path, monkeypatch, found):
+    asked = []
+    monkeypatch.setattr(arguments, "has_bf16", lambda use_cpu: asked.append(use_cpu) or found)
+    path = recipe(tmp_path, "bf16: auto\nuse_cpu: true\n")
+    assert parse_arguments([path])[3].bf16 is found
+    assert parse_arguments([recipe(tmp_path, "bf16: auto\n"), "--use_cpu"])[3].bf16 is found
+    assert set(asked) == {True}
+    assert not parse_arguments([path, "--bf16", "false"])[3].bf16
+
+
+@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16", None])
+def test_a_processor_has_bf16_if_it_says_so(monkeypatch, name):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False, name: True})
+    assert has_bf16(use_cpu=True) is (name is not None)
+
+
+def test_bf16_without_instructions_is_warned_of(monkeypatch, caplog):
+    monkeypatch.setattr(arguments, "has_bf16", lambda use_cpu: False)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    parse_arguments(["--bf16", "--use_cpu"])
+    assert "no instructions for bf16" in caplog.text
+    caplog.clear()
+    parse_arguments(["--use_cpu"])
+    assert not caplog.text
 
 
 def test_negative_layers_are_numbers_not_flags(tmp_path):
