@@ -142,7 +142,7 @@ def share_curve(corpora: dict[str, list[Record]], roles: Roles) -> list[dict]:
     The gain by a domain's share of the training text.
 
     Args:
-        corpora: name of a corpus to light records of its runs: arm, seed, perplexity and shares.
+        corpora: name of a corpus to the records of its runs.
         roles: which arm is what.
 
     Returns:
@@ -154,10 +154,14 @@ def share_curve(corpora: dict[str, list[Record]], roles: Roles) -> list[dict]:
         comparisons = Comparisons(records, roles)
         for domain in comparisons.domains:
             read = perplexity(domain)
-            row = {"corpus": corpus, "domain": domain, "share": records[0]["shares"][domain]}
+            row = {"corpus": corpus, "domain": domain, "share": _share(records, domain)}
             row |= {"default": comparisons.ratio(roles.default, read), "oracle": comparisons.ratio(roles.oracle, read)}
             rows.append(row)
     return sorted(rows, key=lambda row: (row["share"], row["domain"], row["corpus"]))
+
+
+def _share(records: list[Record], domain: str) -> float:
+    return records[0]["settings"]["mixture"]["shares"][domain]
 
 
 __all__ = [

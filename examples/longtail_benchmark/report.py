@@ -1,82 +1,34 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""From the folders of finished runs to the answer: one JSON file, one page of tables, pictures.
+"""From the records of finished runs to the answer: one JSON file, one page of tables, pictures.
 
-    python examples/longtail_benchmark/report.py --size cpu --corpus runs/longtail/corpus/main --machine "2 CPU cores"
+    python examples/longtail_benchmark/report.py --size cpu --corpus main
 
 Numbers are those of the test split; the validation split serves choosing. What no run stands behind is "not measured".
 """
 
 import argparse
-import datetime
 import json
-import math
 import shlex
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import report_tables as tables
-from comparisons import Comparisons, Roles, at_position, flops_ratio, in_bin, perplexity, share_curve
-from corpus import GENERAL, Corpus
+from comparisons import Comparisons, Record, Roles, at_position, flops_ratio, in_bin, perplexity, share_curve
+from corpus import GENERAL
 from judgement import judge
+from keep import OF_THE_CORPUS, read_records, write_json
 from report_figures import draw_positions, draw_ratios, draw_shares
-from run_folders import Run, read_runs
-from run_records import BINS, LONG_TAIL, TestBlocks, record_of, with_long_tail
-
-import modeling_cse
-from modeling_cse.evaluation.frequency import quantile_bins
+from run_records import LONG_TAIL
 
 
 HERE = Path(__file__).parent
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "numpy", "scipy", "scikit-learn")
 
 
-def starts(runs: list[Run]) -> list[tuple[Run, Run | None]]:
-    """Each run with the one that it went on from: the arm of its `start`, of the same seed.
-
-    Raises:
-        ValueError: that run is not there.
-    """
-    by_name = {(run.arm.name, run.seed): run for run in runs}
-    pairs = []
-    for run in runs:
-        start = by_name.get((run.arm.start, run.seed))
-        if run.arm.start is not None and start is None:
-            raise ValueError(f"start={run.arm.start!r} is not allowed: it has no finished run of seed {run.seed}.")
-        pairs.append((run, start))
-    return pairs
-
-
-def bins_of(blocks: TestBlocks) -> list[dict]:
-    """What the bins of sentence frequency hold: scores, blocks, and the share of each domain in them."""
-    places, ends = quantile_bins(blocks.scores[1], BINS)
-    rows = []
-    for place, (lowest, highest) in enumerate(ends):
-        inside = blocks.domains[places == place]
-        shares = {domain: float((inside == domain).mean()) for domain in (*blocks.rare, GENERAL)}
-        rows.append({"bin": place + 1, "lowest": lowest, "highest": highest, "blocks": len(inside), "domains": shares})
-    return rows
-
-
-def share_rows(folder: Path, corpus: str, roles: Roles) -> list[dict]:
-    """The gain by share, from the runs on this corpus and on those named `share-*` beside it."""
-    corpora = {}
-    for place in sorted({folder / corpus, *folder.glob("share-*")}):
-        runs = read_runs(place)
-        if runs:
-            corpora[place.name] = [
-                {
-                    "arm": run.arm.name,
-                    "seed": run.seed,
-                    "shares": run.shares,
-                    "perplexity": with_long_tail(run.result["test"]["perplexity"]),
-                }
-                for run in runs
-            ]
-    return share_curve(corpora, roles)
+def share_rows(results: Path, corpus: str, roles: Roles) -> list[dict]:
+    """The gain by share, from the records of this corpus and of those named `share-*` beside it."""
+    corpora = {place.name: read_records(place) for place in sorted({results / corpus, *results.glob("share-*")})}
+    return share_curve({name: records for name, records in corpora.items() if records}, roles)
 
 
 def compare(comparisons: Comparisons) -> dict[str, dict]:
@@ -104,25 +56,13 @@ def compare(comparisons: Comparisons) -> dict[str, dict]:
     }
 
 
-def as_json(value: Any) -> Any:
-    """Plain values. Numbers that are not finite become text, which JSON has no other way for."""
-    if is_dataclass(value):
-        return as_json(asdict(value))
-    if isinstance(value, dict):
-        return {str(key): as_json(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(part) for part in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def page(title: str, results: dict, comparisons: Comparisons, pictures: list[str]) -> str:
     """The Markdown page."""
     roles = comparisons.roles
     named = ", ".join(f"{role} `{arm}`" for role, arm in asdict(roles).items())
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     parts = [
         f"# {title}\n",
-        f"`{results['command']}`\n\n{results['date']}; runs on {results['machine']}; {versions}.\n",
+        f"`{results['command']}`\n\n{origins(comparisons.records)}\n",
         f"{len(comparisons.records)} finished runs. Arms by role: {named}. All numbers are of the test split. Ratios "
         f"are perplexities over `{roles.baseline}`'s, paired by seed, geometric means; in brackets Student's 95 % "
         "interval over seeds, Fieller's for shares of a gain; one seed has none.\n",
@@ -161,55 +101,59 @@ def page(title: str, results: dict, comparisons: Comparisons, pictures: list[str
     return "\n".join(parts)
 
 
-def write_report(runs: Path, corpus_folder: Path, output: Path, roles: Roles, machine: str, command: str) -> Path:
+def origins(records: list[Record]) -> str:
+    """When and where the runs were made, and with which versions."""
+    lines = []
+    for machine in dict.fromkeys(record["machine"] for record in records):
+        mine = [record for record in records if record["machine"] == machine]
+        days = sorted({record["date"] for record in mine})
+        lines.append(f"{len(mine)} runs on {machine}, {' to '.join(dict.fromkeys((days[0], days[-1])))}")
+    found = {f"{name} {number}" for record in records for name, number in record["versions"].items()}
+    return "; ".join([*lines, ", ".join(sorted(found))]) + "." if records else "No runs yet."
+
+
+def write_report(results: Path, size: str, corpus: str, roles: Roles, output: Path | None = None) -> Path:
     """
-    Reads the finished runs of a size and corpus and writes `<size>-<corpus>.json`, `.md` and `.png` files.
+    Reads the records of a size and corpus and writes `<size>-<corpus>.json`, `.md` and `.png` files.
 
     Args:
-        runs: `<size>` folder with `<corpus>/<arm>-<seed>` folders below it.
-        corpus_folder: of the corpus, whose name is that of the folder of runs.
-        output: folder to write to.
+        results: folder with `<size>/<corpus>/<arm>-<seed>.json` (keep.py).
+        size: of the models.
+        corpus: of the runs.
         roles: which arm is what.
-        machine: the runs', in words.
-        command: what to note as the command.
+        output: folder to write to; default: `results`.
 
     Returns:
         The page.
 
     Raises:
-        ValueError: runs that do not belong together, or to the corpus.
+        ValueError: no corpus was kept under this name, or records that do not belong together.
     """
-    corpus = Corpus.load(corpus_folder)
-    finished = read_runs(runs / corpus_folder.name)
-    if any(run.settings["mixture"] != asdict(corpus.mixture) for run in finished):
-        raise ValueError(f"corpus={corpus_folder.name!r} is not allowed: its mixture is not that of the runs.")
-    blocks = TestBlocks.of(corpus)
-    comparisons = Comparisons([record_of(run, start, blocks) for run, start in starts(finished)], roles)
-    name = f"{runs.name}-{corpus_folder.name}"
-    results = {
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "machine": machine,
-        "versions": {"modeling_cse": modeling_cse.__version__, **{each: version(each) for each in PACKAGES}},
+    folder, output, name = results / size / corpus, output or results, f"{size}-{corpus}"
+    if not (folder / OF_THE_CORPUS).is_file():
+        raise ValueError(f"corpus={corpus!r} is not allowed: keep.py has kept no runs of size {size!r} on it.")
+    comparisons = Comparisons(read_records(folder), roles)
+    other = {role: arm for role, arm in asdict(roles).items() if arm != getattr(Roles(), role)}
+    options = " ".join(f"--{option} {shlex.quote(value)}" for option, value in other.items())
+    found = {
+        "command": f"python examples/longtail_benchmark/report.py --size {size} --corpus {corpus} {options}".strip(),
         "roles": asdict(roles),
-        "runs": comparisons.records,
+        "runs": len(comparisons.records),
         "comparisons": compare(comparisons),
-        "frequency_bins": bins_of(blocks),
-        "shares": share_rows(runs, corpus_folder.name, roles),
+        **json.loads((folder / OF_THE_CORPUS).read_text(encoding="utf-8")),
+        "shares": share_rows(results / size, corpus, roles),
         "judgement_rows": judge(comparisons),
     }
-    output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(as_json(results), indent=1, allow_nan=False)
-    (output / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    write_json(output / f"{name}.json", found)
     drawn = {
         f"{name}-ratios.png": draw_ratios(comparisons, output / f"{name}-ratios.png"),
         f"{name}-positions.png": draw_positions(comparisons, output / f"{name}-positions.png"),
-        f"{name}-shares.png": draw_shares(results["shares"], output / f"{name}-shares.png"),
+        f"{name}-shares.png": draw_shares(found["shares"], output / f"{name}-shares.png"),
     }
     pictures = [picture for picture, made in drawn.items() if made]
     place = output / f"{name}.md"
-    title = f"The long-tail benchmark: size `{runs.name}`, corpus `{corpus_folder.name}`"
-    place.write_text(page(title, results, comparisons, pictures), encoding="utf-8")
+    title = f"The long-tail benchmark: size `{size}`, corpus `{corpus}`"
+    place.write_text(page(title, found, comparisons, pictures), encoding="utf-8")
     return place
 
 
@@ -217,22 +161,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Reports from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="cpu")
-    parser.add_argument("--corpus", type=Path, default=Path("runs/longtail/corpus/main"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/longtail"), help="folder with <size>/<corpus>/...")
-    parser.add_argument("--output", type=Path, default=HERE / "results")
-    parser.add_argument("--machine", required=True, help='what the runs ran on, in words: "2 CPU cores"')
+    parser.add_argument("--corpus", default="main")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of keep.py's records")
+    parser.add_argument("--output", type=Path, help="default: the same")
     for role, arm in asdict(Roles()).items():
         parser.add_argument(f"--{role}", default=arm, help=f"name of the arm; default {arm}")
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    parsed = parser.parse_args(given)
-    roles = Roles(**{role: getattr(parsed, role) for role in asdict(Roles())})
-    # where runs and corpora lie on this machine is nobody's business
-    shown = {"size": parsed.size, "runs": f"runs/{parsed.runs.name}"}
-    shown |= {"corpus": f"runs/longtail/corpus/{parsed.corpus.name}", "machine": parsed.machine, **asdict(roles)}
-    options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in shown.items())
-    command = f"python examples/longtail_benchmark/report.py {options}"
-    place = write_report(parsed.runs / parsed.size, parsed.corpus, parsed.output, roles, parsed.machine, command)
-    print(place.read_text(encoding="utf-8"))
+    given = parser.parse_args(arguments)
+    roles = Roles(**{role: getattr(given, role) for role in asdict(Roles())})
+    print(write_report(given.results, given.size, given.corpus, roles, given.output).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """What train.py leaves behind, read again."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,16 +70,6 @@ class Run:
             f"--corpus runs/longtail/corpus/{corpus}{steps}"
         )
 
-    @property
-    def settings_hash(self) -> str:
-        """Of `run.json`, seed included."""
-        return _hash(self.settings)
-
-    @property
-    def arm_hash(self) -> str:
-        """The same without the seed: equal for the runs of an arm."""
-        return _hash({name: value for name, value in self.settings.items() if name != "seed"})
-
     @cached_property
     def log(self) -> list[dict]:
         """The entries of `metrics.jsonl`."""
@@ -129,30 +118,10 @@ def _home(folder: Path) -> Path:
     return folder if (folder / "run.json").is_file() else folder.with_name(f"{name.removesuffix('_last')}-{seed}")
 
 
-def _hash(settings: dict) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def read_runs(folder: Path) -> list[Run]:
-    """
-    The finished runs of a size and corpus, sorted by arm and seed. Those without `result.json` are still at work.
-
-    Raises:
-        ValueError: runs that cannot be compared: seeds of one arm with other settings, or another size, corpus or
-            number of steps.
-    """
+    """The finished runs of a size and corpus by arm and seed. Those without `result.json` are still at work."""
     runs = [Run.load(path.parent) for path in folder.glob("*/result.json")]
-    runs.sort(key=lambda run: (run.arm.name, run.seed))
-    by_arm: dict[str, str] = {}
-    for run in runs:
-        if by_arm.setdefault(run.arm.name, run.arm_hash) != run.arm_hash:
-            raise ValueError(f"folder={str(folder)!r} is not allowed: seeds of {run.arm.name!r} have other settings.")
-    for name in ("size", "mixture", "steps"):
-        # a stage of its own may go on for another number of steps
-        alike = [run for run in runs if name != "steps" or run.arm.start is None]
-        if len({_hash({name: run.settings[name]}) for run in alike}) > 1:
-            raise ValueError(f"folder={str(folder)!r} is not allowed: its runs differ in {name!r}.")
-    return runs
+    return sorted(runs, key=lambda run: (run.arm.name, run.seed))
 
 
 __all__ = ["Run", "read_runs"]

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""One finished run as numbers: what the report keeps of it, all of the test split."""
+"""One finished run as numbers: what is kept of it, all of the test split."""
 
 from dataclasses import asdict, dataclass
 
@@ -64,7 +64,7 @@ def position_bins(block_size: int) -> list[tuple[int, int]]:
 
 def record_of(run: Run, start: Run | None, blocks: TestBlocks) -> dict:
     """
-    Everything the report tells of a run.
+    Everything the report tells of a run, and what makes it again.
 
     Args:
         run: a finished run.
@@ -94,7 +94,7 @@ def record_of(run: Run, start: Run | None, blocks: TestBlocks) -> dict:
         "arm": arm.name,
         "seed": run.seed,
         "command": run.command,
-        "settings": run.settings_hash,
+        "settings": run.settings,
         "kind": arm.kind,
         "reads_ahead": run.family == "gpt2" and arm.model.get("cse_routing") == "sequence",
         "start": arm.start,

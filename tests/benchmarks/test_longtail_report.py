@@ -4,6 +4,7 @@ what no run stands behind is "not measured"."""
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,12 +20,13 @@ from modeling_cse.data import train_tokenizer
 # the benchmark is a folder of scripts, which find each other there
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "longtail_benchmark"))
 
+import keep  # noqa: E402
 import report  # noqa: E402
 from arms import Arm  # noqa: E402
 from corpus import FEATURES, SPLITS, Corpus, Mixture  # noqa: E402
 from cost import empty_model, run_cost  # noqa: E402
 from run_folders import Run, read_runs  # noqa: E402
-from run_records import position_bins  # noqa: E402
+from run_records import TestBlocks, position_bins, record_of  # noqa: E402
 
 
 BLOCK, STEPS, BATCH = 32, 20, 4
@@ -111,10 +113,16 @@ def outcome(tmp_path_factory, corpus, place):
             tasks = dict.fromkeys(("overruling", "gad"), accuracies[arm.name]) if arm.name in accuracies else None
             noise = 0.01 * (seed - 1) if arm.name == "cse" else 0.0
             write_run(root / "tiny" / "main", arm, seed, corpus, tasks, noise)
-    arguments = ["--size", "tiny", "--runs", str(root), "--corpus", str(place), "--output", str(root / "out")]
-    report.main([*arguments, "--machine", "one abacus"])
     folder = root / "out"
+    options = ["--size", "tiny", "--results", str(folder)]
+    keep.main([*options, "--runs", str(root), "--corpus", str(place), "--machine", "one abacus"])
+    report.main(options)
     return (folder / "tiny-main.md").read_text(), json.loads((folder / "tiny-main.json").read_text()), folder
+
+
+@pytest.fixture(scope="module")
+def records(outcome):
+    return keep.read_records(outcome[2] / "tiny" / "main")
 
 
 def row(page: str, section: str, name: str) -> list[str]:
@@ -147,11 +155,11 @@ def test_the_gain_stands_at_its_positions(outcome):
     assert position_bins(1024)[3:] == [(128, 256), (256, 512), (512, 1024)] and position_bins(20) == [(0, 8), (8, 20)]
 
 
-def test_routing_forgetting_and_frequency_are_told(outcome):
+def test_routing_forgetting_and_frequency_are_told(outcome, records):
     page, results, _ = outcome
     purity = row(page, "Routing", "cse")
     assert purity[1] == SITE and purity[2].startswith("1.00") and purity[4].startswith("1.00")
-    assert 0 < results["runs"][0]["purity"][SITE]["tokens"]["adjusted_mutual_information"] < 1
+    assert 0 < records[0]["purity"][SITE]["tokens"]["adjusted_mutual_information"] < 1
     forgetting = row(page, "Forgetting", "dense_legal")
     assert forgetting[1:4] == ["dense", "legal", "3"] and forgetting[-1].startswith("1.500")
     by_bin = results["comparisons"]["cse"]["by_frequency"]
@@ -175,20 +183,21 @@ def test_the_judgement_says_reached_missed_or_not_measured(outcome):
     assert tasks["must_verdict"] == tasks["aim_verdict"] == "reached"
 
 
-def test_every_number_has_its_run(outcome):
-    _, results, folder = outcome
-    assert results["machine"] == "one abacus" and {"torch", "scipy", "modeling_cse"} <= set(results["versions"])
-    assert {(run["arm"], run["seed"]) for run in results["runs"]} == {(arm, seed) for arm in ARMS for seed in range(3)}
-    assert len({run["settings"] for run in results["runs"]}) == 15
-    assert all(f"--arm {run['arm']} --seed {run['seed']} --size tiny" in run["command"] for run in results["runs"])
-    assert str(folder.parent) not in (folder / "tiny-main.json").read_text()
+def test_every_number_has_its_run(outcome, records):
+    page, results, folder = outcome
+    assert {(run["arm"], run["seed"]) for run in records} == {(arm, seed) for arm in ARMS for seed in range(3)}
+    assert results["runs"] == 15 and "15 runs on one abacus" in page
+    for run in records:
+        assert {"torch", "scipy", "modeling_cse"} <= set(run["versions"]) and run["machine"] == "one abacus"
+        assert f"--arm {run['arm']} --seed {run['seed']} --size tiny" in run["command"]
+        assert run["settings"]["arm"] == {**asdict(ARMS[run["arm"]]), "name": run["arm"]}
+    assert not any(str(folder.parent) in path.read_text() for path in folder.rglob("*.json"))
     for name in ("ratios", "positions"):
         assert (folder / f"tiny-main-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_domain_stage_costs_what_came_before_too(outcome):
-    _, results, _ = outcome
-    cost = {run["arm"]: run["cost"] for run in results["runs"] if run["seed"] == 0}
+def test_a_domain_stage_costs_what_came_before_too(records):
+    cost = {run["arm"]: run["cost"] for run in records if run["seed"] == 0}
     tokens = STEPS * BATCH * BLOCK
     assert cost["dense"]["tokens"] == tokens and cost["dense_legal"]["tokens"] == 2 * tokens
     assert cost["dense_legal"]["flops"] == 2 * cost["dense"]["flops"] and cost["dense_legal"]["seconds"] == 200
@@ -201,25 +210,48 @@ def test_a_domain_stage_costs_what_came_before_too(outcome):
 
 
 def test_what_was_not_run_is_not_measured(tmp_path, corpus, place):
-    roles = report.Roles()
     (tmp_path / "tiny" / "main").mkdir(parents=True)
-    arguments = (tmp_path / "tiny", place, tmp_path / "out", roles, "one abacus", "-")
-    empty = report.write_report(*arguments).read_text()
+    results = tmp_path / "out"
+    with pytest.raises(ValueError, match="corpus='main' is not allowed: keep.py has kept no runs"):
+        report.write_report(results, "tiny", "main", report.Roles())
+    keep.keep(tmp_path / "tiny", place, results, "one abacus")
+    empty = report.write_report(results, "tiny", "main", report.Roles()).read_text()
     assert empty.count("| not measured |") == 12 and "reached" not in empty and "missed" not in empty
     for name in ("dense", "cse"):
         write_run(tmp_path / "tiny" / "main", ARMS[name], 0, corpus)
-    single = report.write_report(*arguments).read_text()
+    keep.keep(tmp_path / "tiny", place, results, "one abacus")
+    single = report.write_report(results, "tiny", "main", report.Roles()).read_text()
     assert row(single, "Arms", "cse")[4:7] == [f"{0.8 ** (23 / 31):.3f}", "1.000", "not measured"]
     verdict = row(single, "Against what was asked for", "long-tail perplexity, default CSE / dense")
     assert "1 of 3 seeds" in verdict[1] and verdict[2].endswith("not measured")
 
 
-def test_the_gain_by_share_takes_corpora_beside_it(tmp_path, corpus):
-    other = write_corpus(tmp_path / "share-2", shares=(0.96, 0.02, 0.02))
+def test_records_stay_when_folders_go(tmp_path, corpus, place):
+    folder, results = tmp_path / "tiny" / "main", tmp_path / "out"
+    for name in ("dense", "cse"):
+        write_run(folder, ARMS[name], 0, corpus)
+    keep.keep(tmp_path / "tiny", place, results, "one abacus")
+    shutil.rmtree(folder)
+    for name in ("dense", "cse"):
+        write_run(folder, ARMS[name], 1, corpus)
+    write_run(folder, ARMS["dense"], 0, corpus, tasks={"gad": 0.5})
+    keep.keep(tmp_path / "tiny", place, results, "two abaci")
+    found = {(run["arm"], run["seed"]): run for run in keep.read_records(results / "tiny" / "main")}
+    machines = {name: run["machine"] for name, run in found.items()}
+    assert machines[("cse", 0)] == machines[("dense", 0)] == "one abacus" and machines[("cse", 1)] == "two abaci"
+    assert found["dense", 0]["tasks"] == {"probe": {"gad": 0.5}}  # measured later
+    page = report.write_report(results, "tiny", "main", report.Roles()).read_text()
+    assert "2 runs on one abacus" in page and row(page, "Arms", "cse")[1] == "2"
+
+
+def test_the_gain_by_share_takes_corpora_beside_it(tmp_path, corpus, place):
+    other, results = write_corpus(tmp_path / "share-2", shares=(0.96, 0.02, 0.02)), tmp_path / "out"
     for name in ("dense", "cse"):
         write_run(tmp_path / "tiny" / "main", ARMS[name], 0, corpus)
         write_run(tmp_path / "tiny" / "share-2", ARMS[name], 0, other)
-    rows = report.share_rows(tmp_path / "tiny", "main", report.Roles())
+    for folder in (place, tmp_path / "share-2"):
+        keep.keep(tmp_path / "tiny", folder, results, "one abacus")
+    rows = report.share_rows(results / "tiny", "main", report.Roles())
     assert [(entry["corpus"], entry["domain"], entry["share"]) for entry in rows] == [
         ("share-2", "legal", 0.02), ("share-2", "medical", 0.02), ("main", "legal", 0.1), ("main", "medical", 0.1)
     ]  # fmt: skip
@@ -243,22 +275,23 @@ def test_the_last_model_of_a_stage_is_an_arm_of_its_own(tmp_path, corpus):
         (last.folder / name).unlink()
     runs = read_runs(tmp_path / "tiny" / "main")
     assert [run.arm.name for run in runs] == ["dense_legal", "dense_legal_last"]
-    assert runs[1].log == best.log and runs[1].command == best.command and runs[1].settings_hash != best.settings_hash
+    assert runs[1].log == best.log and runs[1].command == best.command and runs[1].settings != best.settings
 
 
-def test_runs_that_do_not_belong_together_are_refused(tmp_path, corpus):
+def test_runs_that_do_not_belong_together_are_refused(tmp_path, corpus, place):
     folder = tmp_path / "tiny" / "main"
     write_run(folder, ARMS["dense"], 0, corpus)
     write_run(folder, replace(ARMS["dense"], training={"learning_rate": 1.0}), 1, corpus)
-    with pytest.raises(ValueError, match="other settings"):
-        read_runs(folder)
+    with pytest.raises(ValueError, match="arm=.dense. is not allowed: seed 1"):
+        keep.keep(tmp_path / "tiny", place, tmp_path / "out", "one abacus")
+    assert not (tmp_path / "out").exists()
     write_run(tmp_path / "stage", ARMS["dense_legal"], 0, corpus)
     with pytest.raises(ValueError, match="start='dense'"):
-        report.starts(read_runs(tmp_path / "stage"))
+        keep.starts(read_runs(tmp_path / "stage"))
 
 
 def test_losses_of_other_blocks_are_refused(tmp_path, corpus):
     run = write_run(tmp_path, ARMS["dense"], 0, corpus)
     run.result["test"]["perplexity"]["legal"] *= 1.01
     with pytest.raises(ValueError, match="the losses of its tokens"):
-        report.record_of(run, None, report.TestBlocks.of(corpus))
+        record_of(run, None, TestBlocks.of(corpus))
