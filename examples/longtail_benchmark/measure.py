@@ -36,9 +36,9 @@ class Losses:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, blocks: Dataset, causal: bool, batch_size: int = 16) -> Losses:
+def measure(model: nn.Module, blocks: Dataset, causal: bool, bf16: bool = False, batch_size: int = 16) -> Losses:
     """Losses and routes of every token of `blocks` (columns `input_ids`, `domain`, others that the model takes; with
-    `labels` for a masked model)."""
+    `labels` for a masked model); `bf16`: under autocast."""
     model.eval()
     routed = hasattr(model.base_model, "routed_modules") and model.base_model.routed_modules()
     nll, predicted, clusters = [], [], []
@@ -47,7 +47,7 @@ def measure(model: nn.Module, blocks: Dataset, causal: bool, batch_size: int = 1
         batch = {name: value.to(model.device) for name, value in batch.items()}
         labels = batch.pop("labels", batch["input_ids"]).long()
         extra = {"output_cluster_ids": True} if routed else {}
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             output = model(**batch, **extra)
         logits = output.logits
         if causal:

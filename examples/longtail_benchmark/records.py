@@ -43,13 +43,13 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def evaluate(model: PreTrainedModel, arm: Arm, corpus: Corpus, folder: Path, seed: int) -> dict:
-    """Measures on validation and test blocks, and keeps the losses of single tokens in the folder."""
+def evaluate(model: PreTrainedModel, arm: Arm, corpus: Corpus, folder: Path, seed: int, bf16: bool) -> dict:
+    """Measures on validation and test blocks, in the precision of training, and keeps the losses of single tokens."""
     causal, record = corpus.mixture.family == "gpt2", {}
     for split in ("validation", "test"):
         # the labels of a control are told by the tokens, so masks come last
         blocks = held_out_blocks(label(arm, getattr(corpus, split), corpus.mixture.shares, seed), corpus)
-        losses = measure(model, blocks, causal)
+        losses = measure(model, blocks, causal, bf16)
         record[split] = summary(losses)
         tensors = {"nll": losses.nll.astype(np.float16)}
         if not causal:

@@ -84,7 +84,7 @@ def train_stage(
     for kept, place, step in ((last_model.to(model.device), last, last_step), (model, folder, best_step)):
         kept.save_pretrained(place / "model")
         record = {"arm": place.name.removesuffix(f"-{seed}"), **common, "step": step}
-        record |= evaluate(kept, arm, corpus, place, seed)
+        record |= evaluate(kept, arm, corpus, place, seed, args.bf16)
         written = write_result(place, record)
     return written
 

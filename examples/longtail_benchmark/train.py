@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """One run: an arm, a seed, a size, a corpus; trained, measured, and recorded in a folder of its own.
 
-    python examples/longtail_benchmark/train.py --arm cse --seed 0
+python examples/longtail_benchmark/train.py --arm cse --seed 0
 """
 
 import argparse
@@ -115,7 +115,7 @@ def train(
         "parameters": count_parameters(model),
         "seconds": round(seconds, 1),
         "resumed": checkpoint is not None,
-        **evaluate(model, arm, corpus, folder, seed),
+        **evaluate(model, arm, corpus, folder, seed, args.bf16),
     }
     return write_result(folder, record)
 
