@@ -35,6 +35,7 @@ print(modeling_cse.__file__)
 def test_every_room_is_packaged():
     rooms = {f"modeling_cse.{path.parent.name}" for path in (ROOT / "modeling_cse").glob("*/__init__.py")}
     shipped = {"modeling_cse", "modeling_cse.configuration", "modeling_cse.hub_cards"}
+    shipped |= {f"modeling_cse.configuration.{name}" for name in ("accelerate", "recipes")}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == rooms | shipped
 
 
