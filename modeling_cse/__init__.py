@@ -39,7 +39,7 @@ from .modeling_cse_gpt2 import (
 )
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 
 def _shipped(name: str) -> Path:
