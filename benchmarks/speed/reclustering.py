@@ -18,6 +18,7 @@ from .measures import Options, record
 
 DOMAIN_SHARES = (0.4, 0.25, 0.15, 0.1, 0.06, 0.04)
 RANK = 32
+EVERY = 500
 TOKENS_PER_SEQUENCE = 8  # the default of `FeatureCollector`
 
 
@@ -47,14 +48,15 @@ def reclustering(
 ) -> Iterator[dict]:
     """
     Seconds of one fit of all layers as the callback calls it, with its defaults, on a full reservoir; not the first
-    one, so that clusters are matched too. Fits always run on the CPU.
+    one, so that clusters are matched too. Its share of training is that of a fit every 500 steps. Fits always run on
+    the CPU.
 
     Args:
         steps: seconds of a training step by contender and batch; each gives a share of training time.
         sequences: size of the reservoir, default: the callback's.
     """
     callback = ClusterExpertsCallback()
-    every, sequences = callback.schedule.recluster_every, sequences or callback.sample_size
+    sequences = sequences or callback.sample_size
     for contender in contenders:
         if not contender.name.startswith("cse_"):
             continue
@@ -69,9 +71,9 @@ def reclustering(
             fit_layers(base, features, callback.settings, taken, drifting=True)
             if number >= 0:
                 seconds.append(timer() - start)
-        result = record(contender.name, None, seconds, None, sequences=sequences, recluster_every=every)
+        result = record(contender.name, None, seconds, None, sequences=sequences, recluster_every=EVERY)
         result["details"]["share_of_training"] = {
-            str(batch): result["seconds"] / (result["seconds"] + every * step)
+            str(batch): result["seconds"] / (result["seconds"] + EVERY * step)
             for (name, batch), step in steps.items()
             if name == contender.name
         }

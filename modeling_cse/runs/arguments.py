@@ -100,7 +100,7 @@ class ClusterArguments:
     """How clusters are found and kept (`ClusterExpertsCallback`), and what the run is compared with."""
 
     warmup: str = _flag("0.1", "Dense training before the first fit: steps, or a share below 1.")
-    recluster_every: int = _flag(500, "Steps between the first fit and the second.")
+    recluster_every: str = _flag("0.1", "From the first fit to the second: steps, or a share of training below 1.")
     recluster_growth: float = _flag(1.0, "Each interval between fits is so many times the one before.")
     recluster_until: str | None = _flag(None, "No fit after it: steps, or a share of training below 1.")
     update: str = _flag("recluster", "recluster, ema, recluster+ema or frozen.")
@@ -156,6 +156,7 @@ class ClusterArguments:
         return {
             **own,
             "warmup": self.warmup if self.warmup == "auto" else steps_or_share(self.warmup),
+            "recluster_every": steps_or_share(self.recluster_every, "recluster_every"),
             "recluster_until": None if until is None else steps_or_share(until, "recluster_until"),
             "common_share": _number_or_word("common_share", self.common_share, {"elbow": "elbow", None: None}),
             "projection": _number_or_word("projection", self.projection, {"auto": "auto", "none": None}),

@@ -43,7 +43,8 @@ class ClusterExpertsCallback(TrainerCallback):
         warmup (`int`, `float` or `"auto"`): dense steps, or share of training (below 1); 0 only if the model has
             clusters. `"auto"`: until the gradient consistency of rare sequences has passed its peak
             (`training.consistency`), at the latest at 30 % of training.
-        recluster_every (`int`): optimizer steps between the first fit and the second.
+        recluster_every (`int` or `float`): from the first fit to the second, optimizer steps or share of training
+            (below 1).
         update (`str`): `"recluster"`, `"ema"` (after the first fit centroids follow their members as moving averages,
             the paper's rule), `"recluster+ema"` (they do so between the fits) or `"frozen"` (the first fit stays).
         algorithm (`str`): `"kmeans"`, `"spherical"`, `"dbscan"`, `"hdbscan"`; `"text"`: k-means on the
@@ -75,7 +76,7 @@ class ClusterExpertsCallback(TrainerCallback):
     def __init__(
         self,
         warmup: int | float | str = 0.1,
-        recluster_every: int = 500,
+        recluster_every: int | float = 0.1,
         update: str = "recluster",
         algorithm: str | None = None,
         num_clusters: int | tuple[int, int] | None = None,

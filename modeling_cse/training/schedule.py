@@ -15,14 +15,14 @@ class FitSchedule:
 
     Fields:
         warmup: dense steps (int), share of training (float below 1), or "auto" (`training.consistency`).
-        recluster_every: steps from the first fit to the second.
+        recluster_every: from the first fit to the second, steps (int) or share of training (float below 1).
         recluster_growth: each interval is so many times the one before, at least 1.
         recluster_until: no fit after this step (int) or share of training (float); None: until the end.
         update: one of `UPDATES`.
     """
 
     warmup: int | float | str = 0.1
-    recluster_every: int = 500
+    recluster_every: int | float = 0.1
     recluster_growth: float = 1.0
     recluster_until: int | float | None = None
     update: str = "recluster"
@@ -32,9 +32,7 @@ class FitSchedule:
             raise ValueError(f"update={self.update!r} is not allowed: it must be one of {list(UPDATES)}.")
         if self.warmup != "auto":
             _check_time("warmup", self.warmup, "'auto', ")
-        every = self.recluster_every
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"recluster_every={every!r} is not allowed: it must be an int >= 1.")
+        _check_time("recluster_every", self.recluster_every, least=1)
         growth = self.recluster_growth
         if isinstance(growth, bool) or not isinstance(growth, int | float) or not 1 <= growth < math.inf:
             raise ValueError(f"recluster_growth={growth!r} is not allowed: it must be a number >= 1.")
@@ -73,7 +71,7 @@ class FitSchedule:
         last = max_steps - 1
         if self.recluster_until is not None:
             last = min(last, as_step(self.recluster_until, max_steps))
-        fit, interval = first, float(self.recluster_every)
+        fit, interval = first, float(as_step(self.recluster_every, max_steps))
         while fit <= step:
             fit, interval = fit + round(interval), interval * self.recluster_growth
         return fit if self.repeats and fit <= last else None
@@ -84,10 +82,11 @@ def as_step(time: int | float, max_steps: int) -> int:
     return math.ceil(time * max_steps) if isinstance(time, float) else time
 
 
-def _check_time(name: str, value: object, others: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+def _check_time(name: str, value: object, others: str = "", least: int = 0) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, int) and value < least):
         raise ValueError(
-            f"{name}={value!r} is not allowed: it must be {others}steps (int >= 0) or a share (float from 0 to 1)."
+            f"{name}={value!r} is not allowed: it must be {others}steps (int >= {least}) or a share of training "
+            "(float from 0 to 1)."
         )
     if isinstance(value, float) and not 0 < value < 1:
         raise ValueError(f"{name}={value!r} is not allowed: as a float it is a share of training, 0 to 1.")

@@ -39,7 +39,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     path = recipe(tmp_path, "num_clusters: 9\nlearning_rate: 1e-3\nblock_size: 64\n")
     _, data, clusters, training = parse_arguments([path, "--num_clusters", "3", "--use_cpu"])
     assert (clusters.num_clusters, data.block_size, training.learning_rate) == (3, 64, 1e-3)
-    assert clusters.recluster_every == 500
+    assert clusters.callback_arguments(seed=0)["recluster_every"] == 0.1
 
 
 @pytest.mark.parametrize("found", [True, False])
@@ -142,6 +142,6 @@ def test_smoke_shortens_any_run_and_gives_it_a_folder_of_its_own(tmp_path):
     path = recipe(tmp_path, "max_steps: 600\noutput_dir: runs/mine\nuse_cpu: true\n")
     _, data, clusters, training = parse_arguments([path, "--smoke", "--max_steps", "50"])
     assert training.max_steps == 8 and training.output_dir == "runs/mine_smoke"
-    assert data.max_train_samples == 80 and (clusters.warmup, clusters.recluster_every) == ("4", 2)
+    assert data.max_train_samples == 80 and (clusters.warmup, clusters.recluster_every) == ("4", "2")
     _, data, _, training = parse_arguments([path])
     assert training.max_steps == 600 and training.output_dir == "runs/mine" and data.max_train_samples is None

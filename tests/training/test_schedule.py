@@ -13,6 +13,8 @@ WRONG = [
     ({"recluster_growth": 0.5}, "recluster_growth=0.5"),
     ({"recluster_growth": float("inf")}, "recluster_growth=inf"),
     ({"recluster_growth": "2"}, "recluster_growth='2'"),
+    ({"recluster_every": 1.0}, "recluster_every=1.0"),
+    ({"recluster_every": -1}, "recluster_every=-1"),
     ({"recluster_until": -1}, "recluster_until=-1"),
     ({"recluster_until": 1.5}, "recluster_until=1.5"),
     ({"recluster_until": 0.5, "update": "frozen"}, "recluster_until=0.5"),
@@ -46,6 +48,8 @@ def fits(schedule: FitSchedule, max_steps: int) -> list[int]:
         ({"update": "recluster+ema"}, [10, 30, 50, 70, 90]),
         ({"update": "ema"}, [10]),
         ({"update": "frozen"}, [10]),
+        ({"recluster_every": 0.25}, [10, 35, 60, 85]),
+        ({"recluster_every": 0.101, "recluster_growth": 2.0}, [10, 21, 43, 87]),
         ({"recluster_every": 90}, [10]),  # 100 is the last step: nothing would be left to train
     ],
     ids=str,
