@@ -5,9 +5,9 @@
 
 A line of the plan is what one calls train.py with (without --output). Runs follow each other in one process, a corpus
 is read once. When the time is nearly over, the run in work saves a checkpoint and the leg ends. `--state` holds
-checkpoints, and must be there again in the next leg; `--output` gets what is worth keeping, small: results, settings,
-logs, and `lease.json` (date, machine, versions, legs), models only with --models. Ends with 0 when the plan is done,
-with 3 when there is more to do.
+checkpoints, and must be there again in the next leg; `--output` gets what keep.py makes records of (results, settings,
+logs, losses of test tokens), and `lease.json` (date, machine, versions, legs); models only with --models. Ends with 0
+when the plan is done, with 3 when there is more to do.
 """
 
 import argparse
@@ -29,7 +29,8 @@ from work import read_lines
 
 
 MORE_TO_DO = 3
-KEPT = ("result.json", "run.json", "metrics.jsonl")
+# What keep.py reads.
+KEPT = ("result.json", "run.json", "metrics.jsonl", "seconds.jsonl", "test.safetensors")
 PACKAGES = ("torch", "transformers", "datasets", "accelerate")
 
 

@@ -7,6 +7,7 @@ import pytest
 from longtail_tiny import build_corpus, losses, write_settings, write_text
 
 
+import keep  # isort: skip
 import lease  # isort: skip
 
 
@@ -47,10 +48,14 @@ def test_legs_end_where_an_unbroken_run_does(plan, tmp_path, monkeypatch):
         assert losses(whole) == losses(legs) and list(losses(whole)) == list(range(1, 31))
         results = [json.loads((folder / "result.json").read_text()) for folder in (whole, legs)]
         assert results[0]["test"] == results[1]["test"] and results[1]["resumed"]
-        assert sorted(path.name for path in legs.iterdir()) == ["metrics.jsonl", "result.json", "run.json"]
+        assert "model" not in {path.name for path in legs.iterdir()}
     noted = json.loads((tmp_path / "kept_legs" / "lease.json").read_text())
     assert len(noted) == len(codes) and len(noted[-1]["finished"]) == 2 and not noted[-1]["left"]
     assert set(noted[0]) == {"begun", "seconds", "finished", "left", "machine", "versions"}
+
+
+    records = keep.keep(tmp_path / "kept_legs" / "tiny", tmp_path / "corpus", tmp_path / "results", "lent")
+    assert [path.name for path in records] == ["cse-0.json", "dense-0.json"]
 
 
 def test_no_run_begins_after_the_limit(plan, tmp_path):
