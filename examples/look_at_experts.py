@@ -20,7 +20,7 @@ Prints, after `make quickstart`, among others:
 from pathlib import Path
 
 from small_model import model_of, parser_for
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from modeling_cse import describe_experts
 from modeling_cse.data import load_corpus
@@ -32,13 +32,17 @@ DATA = Path(__file__).parent / "data" / "train.jsonl.gz"
 
 def main() -> None:
     parser = parser_for(__doc__)
-    parser.add_argument("--data", default=str(DATA), help="text: txt, json(l), csv or parquet, gz too")
+    parser.add_argument(
+        "--data",
+        default=str(DATA),
+        help="text: txt, json(l), csv or parquet, gz too; or a folder of txt files",
+    )
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--most", type=int, default=512, help="texts to look at")
     options = parser.parse_args()
 
     folder = model_of(options)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     files = {"train_file": options.data, "validation_file": options.data}
     texts = load_corpus(**files, text_column=options.text_column)["train"]
     found = describe_experts(model, tokenizer, texts, text_column=options.text_column, most=options.most)

@@ -29,7 +29,11 @@ DATA = Path(__file__).parent / "data" / "validation.jsonl.gz"
 
 def main() -> None:
     parser = parser_for(__doc__)
-    parser.add_argument("--data", default=str(DATA), help="held-out text: txt, json(l), csv or parquet, gz too")
+    parser.add_argument(
+        "--data",
+        default=str(DATA),
+        help="held-out text: txt, json(l), csv or parquet, gz too; or a folder of txt files",
+    )
     parser.add_argument("--domain_column", default="domain")
     parser.add_argument("--block_size", type=int, default=256)
     options = parser.parse_args()

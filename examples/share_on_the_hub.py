@@ -16,7 +16,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from small_model import model_of, parser_for
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from modeling_cse import describe_experts
 from modeling_cse.data import load_corpus
@@ -32,15 +32,16 @@ def main() -> None:
     parser.add_argument("--repo", help="where to, as in my-name/my-model; without it nothing is uploaded")
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--license", default="apache-2.0", help="of the weights, by the Hub's list")
+    parser.add_argument("--language", nargs="+", default=["en"], help="of the text: codes by ISO 639")
     parser.add_argument("--data", default=str(DATA), help="text to tell the experts by, if no run lies beside")
     options = parser.parse_args()
 
     folder = Path(model_of(options))
-    card = {"license": options.license, "repo_id": options.repo}
+    card = {"license": options.license, "language": options.language, "repo_id": options.repo}
     if (folder.parent / "report.json").is_file():  # a run of run_clm.py or run_mlm.py, which knows all of it
         write_run_card(folder.parent, **card)
     else:
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         texts = load_corpus(train_file=options.data, validation_file=options.data)["train"]
         experts = describe_experts(model, tokenizer, texts)
         write_model_card(folder, config=model.config, results={}, recipe={}, data={}, experts=experts, **card)

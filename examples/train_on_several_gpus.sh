@@ -2,7 +2,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 # Pretrain on all GPUs of a machine; clusters are found on the text of all of them.
 #
-#     bash examples/train_on_several_gpus.sh configuration/recipes/quickstart.yaml --output_dir runs/gpus
+#     bash examples/train_on_several_gpus.sh configuration/recipes/own_text.yaml --train_file my_texts
 #     ACCELERATE=fsdp2_gpu bash examples/train_on_several_gpus.sh my.yaml   # or zero2_gpu: larger models
 #     bash examples/train_on_several_gpus.sh --smoke                        # two processes on a CPU, a few steps
 #
@@ -13,9 +13,11 @@ here="$(dirname "${BASH_SOURCE[0]}")/.."
 cd "$here"
 config="${ACCELERATE:-ddp_gpu}"
 arguments=("$@")
+processes="${PROCESSES:-}" # default: one a GPU
 if [[ "${1:-}" == "--smoke" ]]; then
     config=ddp_cpu
+    processes=2
     arguments=(configuration/recipes/quickstart.yaml --smoke --use_cpu --output_dir runs/two_processes "${@:2}")
 fi
 exec "${PYTHON:-python}" -m accelerate.commands.launch --config_file "configuration/accelerate/$config.yaml" \
-    examples/run_clm.py "${arguments[@]}"
+    --num_processes "${processes:-$(nvidia-smi --list-gpus | wc -l)}" examples/run_clm.py "${arguments[@]}"

@@ -73,7 +73,8 @@ def checkout(tmp_path_factory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     sample = load_dataset("json", data_files=str(ROOT / "examples" / "data" / "train.jsonl.gz"), split="train")
     for number, row in enumerate(sample.select(range(0, len(sample), 12))):
-        path = folder / "my_texts" / row["domain"] / f"{number}.txt"
+        place = "my_held_out_texts" if number % 12 == 5 else "my_texts"
+        path = folder / place / row["domain"] / f"{number}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(row["text"][:6000], encoding="utf-8")
     return folder

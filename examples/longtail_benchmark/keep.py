@@ -1,19 +1,17 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Keeps finished runs with the project: a record of some kilobytes each, from which report.py makes its tables.
 
-    python examples/longtail_benchmark/keep.py --size cpu --corpus runs/longtail/corpus/main --machine "2 CPU cores"
+    python examples/longtail_benchmark/keep.py --size cpu --corpus runs/longtail/corpus/main
 
-A record has all numbers of a run, its settings, command, day, machine and versions; the folder of the run may go then.
-So a table grows over days and machines.
+A record has all numbers of a run, its settings, command, day, machine and versions, so that a table grows over days
+and machines. The folder of the run may go then, if no arm whose folder stays goes on from it.
 """
 
 import argparse
-import datetime
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,10 @@ from corpus import GENERAL, Corpus
 from run_folders import Run, read_runs
 from run_records import BINS, TestBlocks, record_of
 
-import modeling_cse
 from modeling_cse.evaluation.frequency import quantile_bins
 
 
 HERE = Path(__file__).parent
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "numpy", "scipy", "scikit-learn")
 OF_THE_CORPUS = "corpus.json"
 
 
@@ -74,7 +70,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(as_json(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def keep(runs: Path, corpus_folder: Path, results: Path, machine: str) -> list[Path]:
+def keep(runs: Path, corpus_folder: Path, results: Path) -> list[Path]:
     """
     Writes `<size>/<corpus>/<arm>-<seed>.json` for each finished run, and `corpus.json` beside them.
 
@@ -82,7 +78,6 @@ def keep(runs: Path, corpus_folder: Path, results: Path, machine: str) -> list[P
         runs: `<size>` folder with `<corpus>/<arm>-<seed>` folders below it.
         corpus_folder: of the corpus, whose name is that of the folder of runs.
         results: folder to write to.
-        machine: the runs', in words. A record that is there keeps its own.
 
     Returns:
         The records' files.
@@ -98,22 +93,12 @@ def keep(runs: Path, corpus_folder: Path, results: Path, machine: str) -> list[P
     records = {}
     for run, start in starts(finished):
         path = folder / f"{run.arm.name}-{run.seed}.json"
-        records[path] = {**record_of(run, start, blocks), **_origin(run, machine, path)}
+        records[path] = {**record_of(run, start, blocks), **run.result["origin"]}
     check_alike([*(record for path, record in _kept(folder).items() if path not in records), *records.values()])
     write_json(folder / OF_THE_CORPUS, {"frequency_bins": bins_of(blocks)})
     for path, record in records.items():
         write_json(path, record)
     return list(records)
-
-
-def _origin(run: Run, machine: str, path: Path) -> dict[str, Any]:
-    """When, where and with what a run was made; of a record that is there, what it says."""
-    if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        return {name: known[name] for name in ("date", "machine", "versions")}
-    day = datetime.date.fromtimestamp((run.folder / "result.json").stat().st_mtime)
-    versions = {"modeling_cse": modeling_cse.__version__, **{each: version(each) for each in PACKAGES}}
-    return {"date": day.isoformat(), "machine": machine, "versions": versions}
 
 
 def _kept(folder: Path) -> dict[Path, dict[str, Any]]:
@@ -139,16 +124,17 @@ def check_alike(records: list[dict[str, Any]]) -> None:
         ValueError: records that cannot be compared: seeds of one arm with other settings, or another size, corpus or
             number of steps.
     """
-    by_arm: dict[str, dict] = {}
+    by_arm: dict[str, tuple] = {}
     for record in records:
-        arm, seed, own = record["arm"], record["seed"], record["settings"]["arm"]
+        arm, seed, own = record["arm"], record["seed"], (record["settings"]["arm"], record["settings"]["steps"])
         if by_arm.setdefault(arm, own) != own:
             raise ValueError(f"arm={arm!r} is not allowed: seed {seed} has other settings than seeds before.")
     for name in ("size", "mixture", "steps"):
         # a stage of its own may go on for another number of steps
         alike = [record["settings"][name] for record in records if name != "steps" or record["start"] is None]
-        if any(value != alike[0] for value in alike):
-            raise ValueError(f"{name} is not allowed to differ: of the runs of one table it is one.")
+        others = [value for value in alike if value != alike[0]]
+        if others:
+            raise ValueError(f"{name}={others[0]!r} is not allowed beside {alike[0]!r}: a table has one for all runs.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -158,9 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--corpus", type=Path, default=Path("runs/longtail/corpus/main"))
     parser.add_argument("--runs", type=Path, default=Path("runs/longtail"), help="folder with <size>/<corpus>/...")
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--machine", required=True, help='what the runs ran on, in words: "2 CPU cores"')
     given = parser.parse_args(arguments)
-    for path in keep(given.runs / given.size, given.corpus, given.results, given.machine):
+    for path in keep(given.runs / given.size, given.corpus, given.results):
         print(path.relative_to(given.results))
 
 

@@ -12,16 +12,13 @@ when the plan is done, with 3 when there is more to do.
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import time
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from corpus import Corpus
+from origin import origin
 from records import read_result
 from train import build_parser, run
 from transformers import TrainerCallback
@@ -31,7 +28,6 @@ from work import read_lines
 MORE_TO_DO = 3
 # What keep.py reads.
 KEPT = ("result.json", "run.json", "metrics.jsonl", "seconds.jsonl", "test.safetensors")
-PACKAGES = ("torch", "transformers", "datasets", "accelerate")
 
 
 class TimeLimit(TrainerCallback):
@@ -101,9 +97,7 @@ def note(output: Path, leg: dict) -> None:
     path = output / "lease.json"
     output.mkdir(parents=True, exist_ok=True)
     legs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    leg |= {"machine": f"{device}, {platform.machine()}", "versions": {name: version(name) for name in PACKAGES}}
-    path.write_text(json.dumps([*legs, leg], indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps([*legs, leg | origin()], indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from arms import Arm, label
 from blocks import held_out_blocks
 from corpus import Corpus
 from measure import measure, summary
+from origin import origin
 from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
@@ -22,9 +23,9 @@ def read_result(folder: Path) -> dict | None:
 
 
 def write_result(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Writes the result, whole or not at all: with it, a run is finished. Returns what is read again."""
+    """Writes the result and its origin, whole or not at all: with it a run is finished. Returns what is read again."""
     partial = folder / "result.partial"
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps({**record, "origin": origin()}, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, folder / "result.json")
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """One run: an arm, a seed, a size, a corpus; trained, measured, and recorded in a folder of its own.
 
-python examples/longtail_benchmark/train.py --arm cse --seed 0
+    python examples/longtail_benchmark/train.py --arm cse --seed 0
 """
 
 import argparse
@@ -29,7 +29,8 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Size:
-    """How large a model and how long a training: `config` of the base model, `training` arguments."""
+    """How large a model and how long a training: `config` of the base model, `training` arguments. `like` takes over
+    a size beside it and merges mappings; null takes a value away."""
 
     name: str
     family: str
@@ -40,7 +41,13 @@ class Size:
     def load(cls, name: str) -> "Size":
         """Reads `sizes/<name>.yaml`, or a file that is named with its ending."""
         path = Path(name) if name.endswith(".yaml") else HERE / "sizes" / f"{name}.yaml"
-        return cls(path.stem, **yaml.safe_load(path.read_text(encoding="utf-8")))
+        own = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if (like := own.pop("like", None)) is not None:
+            other = cls.load(str(path.with_name(f"{like}.yaml")))
+            merged = {part: {**getattr(other, part), **own.get(part, {})} for part in ("config", "training")}
+            kept = {part: {k: v for k, v in values.items() if v is not None} for part, values in merged.items()}
+            own = {"family": other.family, **own, **kept}
+        return cls(path.stem, **own)
 
 
 def train(

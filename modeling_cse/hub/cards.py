@@ -33,7 +33,9 @@ RECIPE = (
     "gradient_accumulation_steps",
     "warmup_steps",
     "weight_decay",
+    "adam_beta2",
     "bf16",
+    "fp16",
     "seed",
 )
 DOMAINS_SHOWN = 3

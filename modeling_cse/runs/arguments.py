@@ -36,6 +36,11 @@ SMOKE = {
     "save_steps": 8,
 }
 CONTROLS = ("oracle", "random")
+# What a flag puts out of force in a recipe, which may hold only one of them.
+REPLACED = {
+    "tokenizer_name": ("tokenizer_vocab_size",),
+    "model_name_or_path": ("config_name", "config_overrides", "tokenizer_name", "tokenizer_vocab_size"),
+}
 # Cluster arguments that are not the callback's.
 OF_THE_RUN = ("compare_with_dense", "control", "random_shares", "prompt")
 
@@ -189,9 +194,9 @@ def parse_arguments(
     argv: list[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, ClusterArguments, TrainingArguments]:
     """
-    Reads `[recipe.yaml] [--flag value ...]`: flags go before the recipe, the recipe before the defaults. `bf16: auto`
-    in a recipe asks `has_bf16`. `--smoke` makes eight steps of it on little text, in a folder of its own: that of the
-    run with `_smoke` behind it.
+    Reads `[recipe.yaml] [--flag value ...]`: flags go before the recipe, the recipe before the defaults. A tokenizer
+    or checkpoint that a flag names takes the place of the recipe's. `bf16: auto` in a recipe asks `has_bf16`.
+    `--smoke` makes eight steps of it on little text, in a folder of its own: that of the run with `_smoke` behind it.
 
     Raises:
         ValueError: the recipe does not exist, is no mapping, or names a setting that there is not.
@@ -200,9 +205,14 @@ def parse_arguments(
     parser = HfArgumentParser((ModelArguments, DataArguments, ClusterArguments, TrainingArguments))
     if argv and argv[0].endswith((".yaml", ".yml")):
         recipe = _read_recipe(Path(argv.pop(0)), {action.dest for action in parser._actions})
-        if recipe.get("bf16") == "auto":
-            recipe["bf16"] = has_bf16(bool(recipe.get("use_cpu")) or "--use_cpu" in argv)
+        given, _ = parser.parse_known_args(argv)
+        for name, replaced in REPLACED.items():
+            if getattr(given, name) is not None:
+                recipe = {setting: value for setting, value in recipe.items() if setting not in replaced}
+        automatic = recipe.get("bf16") == "auto" and recipe.pop("bf16")
         parser.set_defaults(**recipe)
+        if automatic:
+            parser.set_defaults(bf16=has_bf16(parser.parse_known_args(argv)[0].use_cpu))
     parser.add_argument("--smoke", action="store_true", help="Eight steps on little text, to see that it runs.")
     if "--smoke" in argv:
         argv += [part for name, value in SMOKE.items() for part in (f"--{name}", str(value))]

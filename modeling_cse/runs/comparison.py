@@ -84,7 +84,8 @@ class Comparison:
         own = {name: value for name, value in asdict(self.arguments).items() if name not in ("output", "seeds")}
         files = self.arguments.train + (self.arguments.validation or [])
         own["recipe"] = Path(own["recipe"]).read_text(encoding="utf-8") if Path(own["recipe"]).is_file() else None
-        return {**own, "content": digest(files)}
+        # the recipe may leave it to the machine, and seeds may come on another one
+        return {**own, "bf16": self._recipe()[3].bf16, "content": digest(files)}
 
     def _size(self) -> tuple[Path, int, float]:
         """Configuration, size of the vocabulary, learning rate."""

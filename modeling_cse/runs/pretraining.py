@@ -1,7 +1,8 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Pretraining from text files to a report: what the GPT-2 and the BERT script share."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sized
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from ..data import (
     train_tokenizer,
 )
 from ..evaluation import perplexity_for_trainer, row_losses_for_trainer
+from ..hub import hardware
 from ..training import ClusterExpertsCallback, check_checkpoint, last_complete_checkpoint
 from .arguments import ClusterArguments, DataArguments, ModelArguments, parse_arguments
 from .folder import EpochCallback, JsonLinesCallback, check_folder, write_settings
@@ -98,7 +100,28 @@ class Pretraining:
             settings=self._settings(),
             prompt=self.cluster_arguments.prompt,
             base_model=self.model_arguments.model_name_or_path,
+            data=self._made_of(),
+            datasets=self._on_the_hub(),
+            hardware=hardware(self.args),
         )
+
+    def _made_of(self) -> dict[str, str]:
+        """Domain to the text that it has, in words. A stream is not counted, nor text whose domains are not known."""
+        counts = Counter(self.training_domains or [])
+        length = f"blocks of {self.data_arguments.block_size} tokens"
+        if isinstance(self.training, Sized) and list(self.validation) == ["all"]:
+            counts["all"] = len(self.training)
+        return {
+            domain: f"{counts[domain]} {length} to train on, {len(blocks)} to validate on"
+            if domain in counts
+            else f"{len(blocks)} {length} to validate on"
+            for domain, blocks in self.validation.items()
+        }
+
+    def _on_the_hub(self) -> list[str]:
+        """The data set, if it is one of the Hub's and no local folder."""
+        name = self.data_arguments.dataset_name
+        return [] if name is None or Path(name).exists() else [name]
 
     def _check_arguments(self) -> None:
         """Refuses settings of which one would silently be passed over."""

@@ -2,7 +2,7 @@
 """The end of a run: one evaluation of what was saved, a table, a picture, a card, and a sentence."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,9 @@ def report_run(
     settings: dict[str, Any],
     prompt: str,
     base_model: str | None = None,
+    data: dict[str, str],
+    datasets: Sequence[str] = (),
+    hardware: str,
 ) -> dict[str, Any]:
     """
     Evaluates the models of a run and writes `report.json`, `report.md`, `figure.png` and the model card.
@@ -42,6 +45,9 @@ def report_run(
         settings: of the run, for the card.
         prompt: beginning of the sentence to complete.
         base_model: what the run started from.
+        data: domain to what it was made of, for the card.
+        datasets: names of the data sets on the Hub.
+        hardware: what it ran on, in words.
 
     Returns:
         What `report.json` holds.
@@ -54,8 +60,9 @@ def report_run(
         "perplexity": perplexity,
         "routing": routing,
         "sentence": complete(folder / "cse", prompt, causal),
-        "recipe": _used(settings),
-        "data": {domain: f"{len(blocks)} validation blocks" for domain, blocks in validation.items()},
+        "recipe": {**_used(settings), "hardware": hardware},
+        "data": data,
+        "datasets": list(datasets),
         "base_model": base_model,
         "experts": [asdict(expert) for expert in experts],
     }
@@ -94,7 +101,7 @@ def write_run_card(folder: str | Path, **options) -> ModelCard:
         data=report["data"],
         base_model=report["base_model"],
         experts=[ExpertDescription(**expert) for expert in report["experts"]],
-        **options,
+        **{"datasets": report["datasets"], **options},
     )
 
 

@@ -36,7 +36,7 @@ class ClusterExpertsCallback(TrainerCallback):
     Switches cluster-guided experts on during an ordinary `Trainer` run, and keeps their clusters.
 
     The model trains densely for a warm-up. Then clusters are found among the routing features of the last training
-    batches (no second forward pass), long-tail clusters get an expert each, and every `recluster_every` steps they are
+    batches (no second forward pass), long-tail clusters get an expert each, and every `recluster_every` they are
     found again, matched to the old ones so that an expert keeps its domain.
 
     Args:
@@ -51,7 +51,7 @@ class ClusterExpertsCallback(TrainerCallback):
             tokens of the texts, one clustering for all sites; or `"given"`: the `given_clusters` of the batches.
             Default: `"text"` for `cse_routing="evidence"`, otherwise `"kmeans"`.
         num_clusters (`int`, pair of `int`): clusters to look for, or a range of which the silhouette chooses. Default:
-            6 where the algorithm wants a number, 14 for `"text"`.
+            6 where the algorithm wants a number, 10 for `"text"`.
         common_share (`float` or `"elbow"`): clusters are common, in the order of `common_by`, until together they hold
             this share; the others are long-tail. Default: 0.75 for `"text"`, otherwise 0.7.
         sample_size (`int`): sequences kept per fit, over all processes.

@@ -79,7 +79,8 @@ class FitSchedule:
 
 def as_step(time: int | float, max_steps: int) -> int:
     """A step as it is, a share of training as the step that completes it."""
-    return math.ceil(time * max_steps) if isinstance(time, float) else time
+    # 0.07 * 100 is 7.000000000000001
+    return math.ceil(round(time * max_steps, 6)) if isinstance(time, float) else time
 
 
 def _check_time(name: str, value: object, others: str = "", least: int = 0) -> None:

@@ -61,7 +61,15 @@ def write_corpus(folder: Path, shares=(0.8, 0.1, 0.1)) -> Corpus:
     return Corpus.load(folder)
 
 
-def write_run(folder: Path, arm: Arm, seed: int, corpus: Corpus, tasks: dict | None = None, noise: float = 0.0) -> Run:
+def write_run(
+    folder: Path,
+    arm: Arm,
+    seed: int,
+    corpus: Corpus,
+    tasks: dict | None = None,
+    noise: float = 0.0,
+    machine: str = "one abacus",
+) -> Run:
     """A finished run: dense losses of the seed, plus the logarithms of the ratios above."""
     folder = folder / f"{arm.name}-{seed}"
     folder.mkdir(parents=True)
@@ -82,6 +90,7 @@ def write_run(folder: Path, arm: Arm, seed: int, corpus: Corpus, tasks: dict | N
     settings = {"arm": asdict(arm), "seed": seed, "size": size, "mixture": asdict(corpus.mixture), "steps": None}
     total = sum(p.numel() for p in empty_model(Run(folder, settings, {}), corpus.tokenizer).parameters())
     result = {"arm": arm.name, "seed": seed, "parameters": {"total": total}, "seconds": 100.0, "resumed": False}
+    result["origin"] = {"date": "2026-02-03", "machine": machine, "versions": {"torch": "9.9"}}
     (folder / "run.json").write_text(json.dumps(settings))
     (folder / "result.json").write_text(json.dumps({**result, "test": test}))
     log = [{"step": STEPS // 4, f"cse/{SITE}/clusters": 3}] if arm.kind == "cse" else []
@@ -115,7 +124,7 @@ def outcome(tmp_path_factory, corpus, place):
             write_run(root / "tiny" / "main", arm, seed, corpus, tasks, noise)
     folder = root / "out"
     options = ["--size", "tiny", "--results", str(folder)]
-    keep.main([*options, "--runs", str(root), "--corpus", str(place), "--machine", "one abacus"])
+    keep.main([*options, "--runs", str(root), "--corpus", str(place)])
     report.main(options)
     return (folder / "tiny-main.md").read_text(), json.loads((folder / "tiny-main.json").read_text()), folder
 
@@ -188,7 +197,7 @@ def test_every_number_has_its_run(outcome, records):
     assert {(run["arm"], run["seed"]) for run in records} == {(arm, seed) for arm in ARMS for seed in range(3)}
     assert results["runs"] == 15 and "15 runs on one abacus" in page
     for run in records:
-        assert {"torch", "scipy", "modeling_cse"} <= set(run["versions"]) and run["machine"] == "one abacus"
+        assert (run["date"], run["machine"], run["versions"]) == ("2026-02-03", "one abacus", {"torch": "9.9"})
         assert f"--arm {run['arm']} --seed {run['seed']} --size tiny" in run["command"]
         assert run["settings"]["arm"] == {**asdict(ARMS[run["arm"]]), "name": run["arm"]}
     assert not any(str(folder.parent) in path.read_text() for path in folder.rglob("*.json"))
@@ -214,12 +223,12 @@ def test_what_was_not_run_is_not_measured(tmp_path, corpus, place):
     results = tmp_path / "out"
     with pytest.raises(ValueError, match="corpus='main' is not allowed: keep.py has kept no runs"):
         report.write_report(results, "tiny", "main", report.Roles())
-    keep.keep(tmp_path / "tiny", place, results, "one abacus")
+    keep.keep(tmp_path / "tiny", place, results)
     empty = report.write_report(results, "tiny", "main", report.Roles()).read_text()
     assert empty.count("| not measured |") == 12 and "reached" not in empty and "missed" not in empty
     for name in ("dense", "cse"):
         write_run(tmp_path / "tiny" / "main", ARMS[name], 0, corpus)
-    keep.keep(tmp_path / "tiny", place, results, "one abacus")
+    keep.keep(tmp_path / "tiny", place, results)
     single = report.write_report(results, "tiny", "main", report.Roles()).read_text()
     assert row(single, "Arms", "cse")[4:7] == [f"{0.8 ** (23 / 31):.3f}", "1.000", "not measured"]
     verdict = row(single, "Against what was asked for", "long-tail perplexity, default CSE / dense")
@@ -230,18 +239,18 @@ def test_records_stay_when_folders_go(tmp_path, corpus, place):
     folder, results = tmp_path / "tiny" / "main", tmp_path / "out"
     for name in ("dense", "cse"):
         write_run(folder, ARMS[name], 0, corpus)
-    keep.keep(tmp_path / "tiny", place, results, "one abacus")
+    keep.keep(tmp_path / "tiny", place, results)
     shutil.rmtree(folder)
     for name in ("dense", "cse"):
-        write_run(folder, ARMS[name], 1, corpus)
-    write_run(folder, ARMS["dense"], 0, corpus, tasks={"gad": 0.5})
-    keep.keep(tmp_path / "tiny", place, results, "two abaci")
+        write_run(folder, ARMS[name], 1, corpus, machine="two abaci")
+    write_run(folder, ARMS["dense"], 0, corpus, tasks={"gad": 0.5}, machine="two abaci")
+    keep.keep(tmp_path / "tiny", place, results)
     found = {(run["arm"], run["seed"]): run for run in keep.read_records(results / "tiny" / "main")}
     machines = {name: run["machine"] for name, run in found.items()}
-    assert machines[("cse", 0)] == machines[("dense", 0)] == "one abacus" and machines[("cse", 1)] == "two abaci"
-    assert found["dense", 0]["tasks"] == {"probe": {"gad": 0.5}}  # measured later
+    assert machines.pop(("cse", 0)) == "one abacus" and set(machines.values()) == {"two abaci"}
+    assert found["dense", 0]["tasks"] == {"probe": {"gad": 0.5}}
     page = report.write_report(results, "tiny", "main", report.Roles()).read_text()
-    assert "2 runs on one abacus" in page and row(page, "Arms", "cse")[1] == "2"
+    assert "1 runs on one abacus" in page and "3 runs on two abaci" in page and row(page, "Arms", "cse")[1] == "2"
 
 
 def test_the_gain_by_share_takes_corpora_beside_it(tmp_path, corpus, place):
@@ -250,7 +259,7 @@ def test_the_gain_by_share_takes_corpora_beside_it(tmp_path, corpus, place):
         write_run(tmp_path / "tiny" / "main", ARMS[name], 0, corpus)
         write_run(tmp_path / "tiny" / "share-2", ARMS[name], 0, other)
     for folder in (place, tmp_path / "share-2"):
-        keep.keep(tmp_path / "tiny", folder, results, "one abacus")
+        keep.keep(tmp_path / "tiny", folder, results)
     rows = report.share_rows(results / "tiny", "main", report.Roles())
     assert [(entry["corpus"], entry["domain"], entry["share"]) for entry in rows] == [
         ("share-2", "legal", 0.02), ("share-2", "medical", 0.02), ("main", "legal", 0.1), ("main", "medical", 0.1)
@@ -283,11 +292,31 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path, corpus, place):
     write_run(folder, ARMS["dense"], 0, corpus)
     write_run(folder, replace(ARMS["dense"], training={"learning_rate": 1.0}), 1, corpus)
     with pytest.raises(ValueError, match="arm=.dense. is not allowed: seed 1"):
-        keep.keep(tmp_path / "tiny", place, tmp_path / "out", "one abacus")
+        keep.keep(tmp_path / "tiny", place, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     write_run(tmp_path / "stage", ARMS["dense_legal"], 0, corpus)
     with pytest.raises(ValueError, match="start='dense'"):
         keep.starts(read_runs(tmp_path / "stage"))
+
+
+@pytest.mark.parametrize("name", ["size", "mixture", "steps"])
+def test_a_kept_record_of_another_table_is_refused(tmp_path, corpus, place, name):
+    folder = tmp_path / "tiny" / "main"
+    write_run(folder, ARMS["dense"], 0, corpus)
+    (path,) = keep.keep(tmp_path / "tiny", place, tmp_path / "out")
+    record = json.loads(path.read_text())
+    record["settings"][name], record["arm"] = 5, "other"
+    path.with_name("other-0.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"{name}=.* is not allowed beside"):
+        keep.keep(tmp_path / "tiny", place, tmp_path / "out")
+    with pytest.raises(ValueError, match=f"{name}=.* is not allowed beside"):
+        report.write_report(tmp_path / "out", "tiny", "main", report.Roles())
+
+
+def test_runs_of_another_mixture_are_refused(tmp_path, corpus, place):
+    write_run(tmp_path / "tiny" / "main", ARMS["dense"], 0, replace(corpus, mixture=replace(corpus.mixture, tokens=1)))
+    with pytest.raises(ValueError, match="corpus='main' is not allowed: its mixture is not that of the runs"):
+        keep.keep(tmp_path / "tiny", place, tmp_path / "out")
 
 
 def test_losses_of_other_blocks_are_refused(tmp_path, corpus):

@@ -179,15 +179,19 @@ def test_held_out_masks_are_the_same_for_every_arm_and_fresh_ones_are_not(made):
 def test_only_what_was_asked_counts_for_bert(made):
     """The perplexity of a model that knows nothing is the vocabulary, whatever share of the tokens is masked."""
     corpus = made[1]["bert"]
-    blocks, vocabulary = held_out_blocks(corpus.test, corpus), len(corpus.tokenizer)
+    blocks, vocabulary, precisions = held_out_blocks(corpus.test, corpus), len(corpus.tokenizer), set()
 
     class Knows(torch.nn.Module):
         base_model, device = torch.nn.Module(), torch.device("cpu")
 
         def forward(self, input_ids):
+            precisions.add(torch.is_autocast_enabled("cpu"))
             return type("Output", (), {"logits": torch.zeros(*input_ids.shape, vocabulary)})
 
+    found = measure(Knows(), blocks, causal=False, bf16=True)
+    assert precisions == {True}
     found = measure(Knows(), blocks, causal=False)
+    assert precisions == {True, False}
     assert found.perplexity("legal") == pytest.approx(vocabulary, rel=1e-4)
     assert found.predicted.sum() == (torch.tensor(blocks["labels"]) != -100).sum()
 
@@ -199,6 +203,15 @@ def test_a_corpus_of_another_family_and_unknown_arms_are_refused(made, tmp_path)
         run(build_parser().parse_args([*flags, "--arm", "dense"]))
     with pytest.raises(ValueError, match="arm='other' is not allowed: it must be one of"):
         run(build_parser().parse_args([*flags, "--arm", "other"]))
+
+
+def test_a_size_may_be_like_another(tmp_path):
+    arms, size = write_settings(tmp_path, bf16=True)
+    (tmp_path / "short.yaml").write_text("like: tiny\ntraining: {max_steps: 2, bf16: null}\nconfig: {n_layer: 1}\n")
+    tiny, short = Size.load(str(size)), Size.load(str(tmp_path / "short.yaml"))
+    assert (short.name, short.family) == ("short", "gpt2")
+    assert short.config == {**tiny.config, "n_layer": 1} and "bf16" not in short.training
+    assert short.training == {k: v for k, v in tiny.training.items() if k != "bf16"} | {"max_steps": 2}
 
 
 def test_the_command_line_names_the_folder(made, tmp_path):

@@ -39,6 +39,13 @@ trainer.evaluate()
 trainer.push_to_hub()
 """
 
+RUN_SCRIPT = """
+import runpy, sys
+sys.path[:0] = [{root!r}, {root!r} + "/examples"]
+sys.argv = {words!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 # A stranger has torch and transformers; the package is made impossible to import.
 STRANGER = """
 import sys
@@ -106,12 +113,25 @@ def test_a_stranger_loads_what_a_trainer_pushed_and_reads_its_card(hub, tmp_path
 
 @pytest.mark.slow
 def test_checkpoints_are_pushed_with_their_code(hub, tmp_path):
-    """`hub_strategy="all_checkpoints"`: each is a folder beside the model, and loads from there."""
+    """`hub_strategy="all_checkpoints"`: each is a folder beside the model, with its code."""
     # otherwise the Trainer leaves a checkpoint out while it still uploads the one before
     saving = {"save_strategy": "steps", "save_steps": 5, "save_only_model": True, "hub_always_push": True}
     files = train(hub, tmp_path / "owner", hub_strategy="all_checkpoints", **saving)["main"]
     for name in ("config.json", "model.safetensors", "modeling_cse_gpt2.py"):
         assert {f"checkpoint-5/{name}", f"checkpoint-10/{name}"} <= set(files)
+    assert load(hub, tmp_path / "stranger") == "CSEGPT2ForCausalLM [3, 3] 6"
+
+
+@pytest.mark.slow
+def test_the_example_shares_what_lies_in_a_folder(hub, tmp_path):
+    train(hub, tmp_path / "owner")
+    hub.repositories.clear()
+    words = [str(ROOT / "examples" / "share_on_the_hub.py"), "--model", "run", "--repo", f"{USER}/tiny-cse"]
+    words += ["--license", "mit", "--language", "la"]
+    client(hub, tmp_path / "owner", RUN_SCRIPT.format(root=str(ROOT), words=words))
+    files = hub.repositories[f"{USER}/tiny-cse"]["main"]
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.license, card.data.language) == ("mit", ["la"]) and f'source = "{USER}/tiny-cse"' in card.text
     assert load(hub, tmp_path / "stranger") == "CSEGPT2ForCausalLM [3, 3] 6"
 
 

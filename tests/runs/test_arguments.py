@@ -49,8 +49,35 @@ def test_bf16_auto_asks_the_machine(tmp_path, monkeypatch, found):
     path = recipe(tmp_path, "bf16: auto\nuse_cpu: true\n")
     assert parse_arguments([path])[3].bf16 is found
     assert parse_arguments([recipe(tmp_path, "bf16: auto\n"), "--use_cpu"])[3].bf16 is found
+    assert parse_arguments([recipe(tmp_path, "bf16: auto\n"), "--use_cpu=true"])[3].bf16 is found
     assert set(asked) == {True}
     assert not parse_arguments([path, "--bf16", "false"])[3].bf16
+
+
+def test_bf16_auto_asks_of_the_device_that_is_meant(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(arguments, "has_bf16", lambda use_cpu: asked.append(use_cpu))
+    parse_arguments([recipe(tmp_path, "bf16: auto\nuse_cpu: true\n"), "--use_cpu", "false"])
+    parse_arguments([recipe(tmp_path, "bf16: auto\n")])
+    assert asked == [False, False]
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("native", [True, False])
+def test_a_gpu_has_bf16_if_it_is_there_and_says_so(monkeypatch, there, native):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    assert has_bf16(use_cpu=False) is (there and native)
+
+
+def test_what_a_flag_names_takes_the_place_of_the_recipes(tmp_path):
+    own_text = str(RECIPES / "own_text.yaml")
+    model = parse_arguments([own_text, "--tokenizer_name", "somewhere"])[0]
+    assert (model.tokenizer_name, model.tokenizer_vocab_size) == ("somewhere", None) and model.config_name
+    model = parse_arguments([own_text, "--model_name_or_path", "there"])[0]
+    assert (model.model_name_or_path, model.config_name, model.tokenizer_vocab_size) == ("there", None, None)
+    both = parse_arguments([own_text, "--tokenizer_name", "somewhere", "--tokenizer_vocab_size", "9"])[0]
+    assert both.tokenizer_vocab_size == 9  # two flags: refused when the run begins
 
 
 @pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16", None])

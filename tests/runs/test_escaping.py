@@ -78,7 +78,7 @@ def test_what_a_report_prints_stays_on_its_line(name, tmp_path, monkeypatch, cap
     monkeypatch.setattr(report, "expert_shares", lambda *arguments: [0.5])
     monkeypatch.setattr(report, "plot_run", lambda *arguments: None)
     monkeypatch.setattr(report, "complete", lambda *arguments: name)
-    settings = {"settings": {}, "prompt": "", "base_model": None}
+    settings = {"settings": {}, "prompt": "", "base_model": None, "data": {name: name}, "hardware": name}
     report.report_run(tmp_path, {"cse": model}, {name: [1]}, lambda blocks: blocks, **settings)
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) == 8 and not re.search(r"[\x00-\x09\x0b-\x1f\u202e\ud800]", printed)

@@ -49,6 +49,7 @@ def fits(schedule: FitSchedule, max_steps: int) -> list[int]:
         ({"update": "ema"}, [10]),
         ({"update": "frozen"}, [10]),
         ({"recluster_every": 0.25}, [10, 35, 60, 85]),
+        ({"recluster_every": 0.07, "recluster_until": 30}, [10, 17, 24]),  # 0.07 * 100 is a little more than 7
         ({"recluster_every": 0.101, "recluster_growth": 2.0}, [10, 21, 43, 87]),
         ({"recluster_every": 90}, [10]),  # 100 is the last step: nothing would be left to train
     ],

@@ -1,0 +1,25 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""When, where and with what a run was made."""
+
+import datetime
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+import modeling_cse
+
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "numpy", "scipy", "scikit-learn")
+
+
+def origin() -> dict[str, Any]:
+    """`date`, `machine` (the GPU, or how many cores of which processor) and `versions`, of now and here."""
+    cpu = f"{os.cpu_count()} CPU cores ({torch.cpu.get_capabilities().get('cpu_name', platform.machine())})"
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "versions": {"modeling_cse": modeling_cse.__version__, **{name: version(name) for name in PACKAGES}},
+    }

@@ -1,0 +1,62 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""The opponents that the repository ships: all can be made, and those that are to have as many parameters do."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from longtail_tiny import EXAMPLES
+
+from modeling_cse import ClusterExpertsCallback, CSEGPT2Config
+from modeling_cse.data import train_tokenizer
+
+
+from arms import build_callback, build_config, model_class, read_arms  # isort: skip
+from comparisons import Roles  # isort: skip
+from train import Size  # isort: skip
+
+
+ARMS = read_arms(EXAMPLES / "arms.yaml")
+CPU = Size.load("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["a court held that the cell line grew"], kind="gpt2", vocab_size=270)
+
+
+def parameters(name: str, tokenizer) -> int:
+    with torch.device("meta"):
+        model = model_class(ARMS[name], "gpt2")(build_config(ARMS[name], "gpt2", CPU.config, tokenizer))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(ARMS))
+def test_every_arm_can_be_made(name, tokenizer):
+    assert parameters(name, tokenizer) > 0
+    assert (build_callback(ARMS[name], seed=3) is None) == (ARMS[name].kind != "cse")
+    assert ARMS[name].start is None or ARMS[name].start in ARMS
+
+
+@pytest.mark.parametrize("size", ["", "_large"])
+def test_opponents_have_as_many_parameters(size, tokenizer):
+    own = parameters(f"cse{size}", tokenizer)
+    assert parameters("dense", tokenizer) < 0.9 * own
+    for name in (f"dense_wide{size}", f"switch{size}"):
+        assert parameters(name, tokenizer) == pytest.approx(own, rel=2e-3)
+
+
+def test_every_role_has_its_arm():
+    assert set(asdict(Roles()).values()) <= set(ARMS)
+
+
+def test_the_default_arm_is_what_the_library_does_by_default(tokenizer):
+    config = build_config(ARMS["cse"], "gpt2", CPU.config, tokenizer)
+    plain = CSEGPT2Config(**CPU.config)
+    flags = ("layer_indices", "modules", "combine", "num_experts", "routing")
+    for flag in (*(f"cse_{name}" for name in flags), "expert_size", "gate"):
+        assert getattr(config, flag) == getattr(plain, flag), flag
+    own, default = build_callback(ARMS["cse"], seed=0), ClusterExpertsCallback()
+    assert own.schedule == default.schedule and own.sample_size == default.sample_size
+    own, default = (callback.settings.resolve("evidence") for callback in (own, default))
+    assert own.cluster_range == default.cluster_range and replace(own, num_clusters=None) == default
