@@ -6,8 +6,13 @@ Fine-tune the experts alone, by LoRA: a rare domain is learned further, common t
     python examples/finetune_with_peft.py --model runs/quickstart/cse --domain medical
     python examples/finetune_with_peft.py --smoke
 
-Prints perplexity by domain before and after, and leaves the adapter in runs/peft. Text that reaches no expert keeps
-its loss to the last digit: nothing but experts has moved.
+Prints perplexity by domain before and after, and leaves the adapter in runs/peft; after `make quickstart`:
+
+    before:  general 114.85  legal 101.59  medical 152.79
+    after:  general 115.19  legal 141.77  medical 151.55
+
+Text that reaches no expert keeps its loss to the last digit: nothing but experts has moved. But the experts of other
+domains have: the little medical text that strays to them is their whole gradient, and Adam makes full steps of it.
 """
 
 import math

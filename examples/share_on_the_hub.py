@@ -8,6 +8,11 @@ Share a trained model: write its card, with what each expert is for, and upload 
     python examples/share_on_the_hub.py --model runs/quickstart/cse --repo my-name/my-cse-model --private
     python examples/share_on_the_hub.py --smoke
 
+Prints where the card lies and which files the folder has; with `--repo`, the address of the commit:
+
+    card: runs/quickstart/cse/README.md
+    files: README.md, config.json, configuration_cse.py, dispatch_cse.py, evidence_cse.py, ...
+
 The code of the model lies in the folder, so that anyone loads it with `trust_remote_code=True`, without this package.
 A Trainer does the same at the end of a run: `ModelCardCallback(texts=...).attach(trainer)`, `trainer.push_to_hub()`.
 """
