@@ -12,7 +12,7 @@ Prints perplexity by domain before and after, and leaves the adapter in runs/pef
     after:  general 115.19  legal 141.77  medical 151.55
 
 Text that reaches no expert keeps its loss to the last digit: nothing but experts has moved. But the experts of other
-domains have: the little medical text that strays to them is their whole gradient, and Adam makes full steps of it.
+domains have, as the legal text shows; supposedly by the few tokens that stray to them, of which Adam makes full steps.
 """
 
 import math
