@@ -15,7 +15,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 PAGE = Path(__file__).parent / "reference.md"
-MODULES = ("modeling_cse", *(f"modeling_cse.{room}" for room in ("data", "evaluation", "analysis", "hub", "runs")))
+ROOMS = ("training", "data", "evaluation", "analysis", "hub", "runs")
+EVALUATION = ("embedding", "probe", "finetuning", "switch")  # what wants more than its room's other modules
+MODULES = (
+    "modeling_cse",
+    *(f"modeling_cse.{room}" for room in ROOMS),
+    *(f"modeling_cse.evaluation.{module}" for module in EVALUATION),
+)
 HEAD = """# Reference
 
 *Public names and what their docstrings say; made by `python docs/make_reference.py`, and compared by a test.*
@@ -24,15 +30,21 @@ HEAD = """# Reference
 
 def reference() -> str:
     """The text of the page."""
-    return "\n".join([HEAD, *(part for name in MODULES for part in _module(import_module(name)))])
+    shown: set[str] = set()
+    return "\n".join([HEAD, *(part for name in MODULES for part in _module(import_module(name), shown))])
 
 
-def _module(module: ModuleType) -> list[str]:
+def _module(module: ModuleType, shown: set[str]) -> list[str]:
+    """The names of a module that no module before it has."""
     parts = [f"## {module.__name__}\n", f"{_first_line(module)}\n"]
-    for name in sorted(module.__all__):
+    for name in sorted(set(module.__all__) - shown):
         value = getattr(module, name)
         if inspect.isclass(value) or inspect.isfunction(value):
             parts += _entry(name, value)
+    known = sorted(shown & set(module.__all__))
+    shown |= set(module.__all__)
+    if known:
+        parts.append(f"Also here, described above: {', '.join(f'`{name}`' for name in known)}.\n")
     constants = [name for name in sorted(module.__all__) if not callable(getattr(module, name))]
     if constants:
         parts.append(f"Constants: {', '.join(f'`{name}`' for name in constants)}.\n")
@@ -42,7 +54,8 @@ def _module(module: ModuleType) -> list[str]:
 def _entry(name: str, value) -> list[str]:
     if inspect.isclass(value) and issubclass(value, PreTrainedModel):
         stock = next(base for base in value.__mro__ if base.__module__.startswith("transformers.models."))
-        text = f"`{stock.__name__}` of transformers, with experts in the layers of `cse_layers`."
+        flag = "cse_layers" if name.startswith("CSE") else "switch_layers"
+        text = f"`{stock.__name__}` of transformers, with experts in the layers of `{flag}`."
         return [f"### `{name}`\n", f"{text}\n"]
     if inspect.isclass(value) and issubclass(value, PreTrainedConfig):
         return [f"### `{name}`\n", _block(inspect.getdoc(value) or "")]

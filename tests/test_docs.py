@@ -58,7 +58,7 @@ def test_every_guide_is_in_the_index_and_every_page_of_code_is_run():
     for path in GUIDES:
         assert f"({path.relative_to(ROOT / 'docs')})" in index
     inside = [path for path in PAGES if "```python" in path.read_text(encoding="utf-8")]
-    # README.md: test_readme.py and test_packaging.py; docs/distributed.md wants several processes
+    # README.md: test_readme.py and test_packaging.py; docs/distributed.md: distributed/test_parallel_plans.py
     known = {name_of(path) for path in GUIDES} | {"README.md", "configuration/README.md", "docs/distributed.md"}
     assert {name_of(path) for path in inside} <= known | {"examples/data/README.md"}
 

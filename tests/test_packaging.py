@@ -1,10 +1,11 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""Promises of the wheel: it holds what a user needs, and the README works with it outside of the repository."""
+"""Promises of sdist and wheel: they hold what a user needs, and the README works with them outside the repository."""
 
 import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -48,16 +49,37 @@ def test_in_a_checkout_the_folders_are_those_at_the_top():
     assert modeling_cse.CONFIGURATION == ROOT / "configuration" and modeling_cse.HUB_CARDS == ROOT / "hub_cards"
 
 
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """What the source distribution unpacks to."""
+    folder = tmp_path_factory.mktemp("sdist")
+    for name in tracked():
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+    build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(folder)], cwd=folder / "source", check=True, capture_output=True)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return unpacked
+
+
+def tracked() -> list[str]:
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [name for name in names.split("\0") if name and (ROOT / name).is_file()]
+
+
 @pytest.mark.slow
-def test_the_readme_works_with_the_wheel_outside_of_the_repository(tmp_path):
-    source = tmp_path / "source"
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, files.split("\0")):
-        if (ROOT / name).is_file() and not name.startswith(("tests/", "runs/")):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+def test_the_sdist_holds_all_that_is_tracked(sdist):
+    assert [name for name in tracked() if not (sdist / name).is_file()] == []
+
+
+@pytest.mark.slow
+def test_the_readme_works_with_the_wheel_outside_of_the_repository(sdist, tmp_path):
+    """With the wheel that the source distribution builds."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = ["wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path / "dist"), str(source)]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path / "dist"), str(sdist)]
     subprocess.run([*pip, *build], check=True)
     (wheel,) = (tmp_path / "dist").iterdir()
     names = set(zipfile.ZipFile(wheel).namelist())

@@ -104,6 +104,8 @@ class SwitchFlags(Stock):
 
 @strict
 class SwitchGPT2Config(SwitchFlags, GPT2Config):
+    """`GPT2Config` with the flags of `SwitchFlags`."""
+
     model_type = "switch_gpt2"
     # GPT-2 draws the residual projections narrower, the deeper it is.
     down_proj_std = property(lambda self: self.initializer_range / sqrt(2 * self.n_layer))
@@ -114,6 +116,8 @@ class SwitchGPT2Config(SwitchFlags, GPT2Config):
 
 @strict
 class SwitchBertConfig(SwitchFlags, BertConfig):
+    """`BertConfig` with the flags of `SwitchFlags`."""
+
     model_type = "switch_bert"
     down_proj_std = property(lambda self: self.initializer_range)
     ffn_size = property(lambda self: self.intermediate_size)
@@ -346,3 +350,19 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = [module for module in model.modules() if isinstance(module, SwitchExperts)]
     return {"total": total, "active": total - sum(p[1:].numel() for module in experts for p in module.parameters())}
+
+
+__all__ = [
+    "SwitchBertConfig",
+    "SwitchBertForMaskedLM",
+    "SwitchBertModel",
+    "SwitchExperts",
+    "SwitchFlags",
+    "SwitchGPT2Config",
+    "SwitchGPT2ForCausalLM",
+    "SwitchGPT2Model",
+    "SwitchOutput",
+    "SwitchRouter",
+    "count_parameters",
+    "load_balancing_loss",
+]

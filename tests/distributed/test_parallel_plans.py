@@ -2,6 +2,7 @@
 """Promises of the tensor- and expert-parallel plans, in two processes: the model of one, spread, and nothing else."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,19 @@ def test_it_is_saved_whole(ranks, folder):
 def test_what_cannot_be_is_refused(ranks, what, says):
     for outcome in ranks:
         assert says in str(outcome["refusals"][what])
+
+
+@slow
+def test_the_block_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    page = (TESTS.parent / "docs" / "distributed.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    before = tiny_model("gpt2")
+    before.save_pretrained(tmp_path / "model")
+    says = "\nassert model.transformer.h[-1].mlp.experts.up_proj.to_local().shape[0] == 2  # of four slots\n"
+    (tmp_path / "program.py").write_text(block.replace('"runs/mine/cse"', repr(str(tmp_path / "model"))) + says)
+    assert before.config.cse_num_experts == 4
+    launch(2, [str(tmp_path / "program.py")], timeout=120)
 
 
 def test_every_rule_names_something(family):
