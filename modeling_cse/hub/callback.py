@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..sharding_cse import is_sharded
 from ..training import ClusterExpertsCallback
-from .cards import RECIPE, THIS_MODEL, write_model_card
+from .cards import RECIPE, THIS_MODEL, TRAINING_TIME, hours, write_model_card
 from .experts import describe_experts
 
 
@@ -61,6 +61,7 @@ class ModelCardCallback(TrainerCallback):
         self.data, self.results, self.base_model = data or {}, results or {}, base_model
         self.license, self.language, self.template = license, language, template
         self.trainer: Trainer | None = None
+        self._resumed = False
 
     def attach(self, trainer: Trainer) -> "ModelCardCallback":
         """Adds itself to a trainer, whose `create_model_card` it takes over."""
@@ -69,6 +70,9 @@ class ModelCardCallback(TrainerCallback):
             trainer.add_callback(self)
         trainer.create_model_card = self.create_model_card
         return self
+
+    def on_train_begin(self, args: TrainingArguments, state, control, **kwargs):
+        self._resumed = state.global_step > 0  # the Trainer's clock knows this process alone
 
     def on_train_end(self, args: TrainingArguments, state, control, **kwargs):
         if self.trainer is None:
@@ -148,8 +152,8 @@ class ModelCardCallback(TrainerCallback):
                 recipe["clusters"]["sample_size"] = callback.sample_size
         recipe["steps taken"] = state.global_step
         seconds = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
-        if seconds:
-            recipe["training time"] = f"{seconds[-1] / 3600:.2f} hours"
+        if seconds and not self._resumed:
+            recipe[TRAINING_TIME] = hours(seconds[-1])
         if state.total_flos:
             recipe["floating point operations"] = f"{state.total_flos:.3g} (the Trainer's estimate)"
         recipe["hardware"] = hardware(trainer.args)

@@ -23,6 +23,7 @@ from .experts import COMMON, ExpertDescription
 
 TEMPLATE = HUB_CARDS / "model_card.md"
 TAGS = ["cluster-guided-sparse-experts", "mixture-of-experts"]
+TRAINING_TIME = "training time"
 # Of the Trainer's arguments those that a reader of a card wants.
 RECIPE = (
     "learning_rate",
@@ -148,6 +149,11 @@ def escape(value: Any) -> str:
     text = MARKUP.sub(lambda match: ENTITIES.get(match[0]) or "\\" + match[0], one_line(value))
     # Without a dot there is no address, without the full address no automatic link.
     return re.sub(r"(?i)(https?|ftp):|www\.", lambda match: match[0][:-1] + f"&#{ord(match[0][-1])};", text)
+
+
+def hours(seconds: float) -> str:
+    """A training time in words: below a tenth of an hour in minutes."""
+    return f"{seconds / 60:.1f} minutes" if seconds < 360 else f"{seconds / 3600:.2f} hours"
 
 
 def one_line(value: Any) -> str:

@@ -11,13 +11,12 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from .. import CONFIGURATION
-from ..training import last_complete_checkpoint
 from .arguments import _flag, parse_arguments
 from .extract import Extract, digest, make_extract
 from .folder import check_folder, write_settings
 from .measuring import measure
 from .page import write_page
-from .pretraining import GPT2, RUNS, Pretraining
+from .pretraining import GPT2, Pretraining
 
 
 # What goes with a configuration: vocabulary of the tokenizer that is trained on the text, and learning rate.
@@ -127,7 +126,6 @@ class Comparison:
         folder = self.folder / f"seed_{seed}"
         if (folder / "measured.json").is_file():
             return folder
-        _note_interruptions(folder)
         run = Pretraining(GPT2, *parse_arguments(self._flags(folder, seed)))
         run.run()
         measure(run, folder)
@@ -155,20 +153,6 @@ class Comparison:
         if self.extract.domains is not None:
             flags["domain_column"] = "domain"
         return [self.arguments.recipe, *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
-
-
-def _note_interruptions(folder: Path) -> None:
-    """Which models have been begun by a process that is gone: the Trainer counts the seconds of its own alone."""
-    path = folder / "interrupted.json"
-    names = set(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else set()
-    names |= {
-        name
-        for name in RUNS
-        if not (folder / name / "training_args.bin").is_file()
-        and last_complete_checkpoint(folder / name, name == "cse") is not None
-    }
-    if names:
-        path.write_text(json.dumps(sorted(names)), encoding="utf-8")
 
 
 def compare(argv: list[str] | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..analysis import read_metrics
 from ..data import FreshMasks
 from ..training.memory import replace_whole
 
@@ -71,6 +72,23 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = _settings_text(settings)
     replace_whole(folder / "run.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def note_interruption(folder: Path, name: str) -> None:
+    """Writes down that a model of a run goes on from a checkpoint: the Trainer's clock knows its own process alone."""
+    path = folder / "interrupted.json"
+    names = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    text = json.dumps(sorted({*names, name})) + "\n"
+    replace_whole(path, lambda place: place.write_text(text, encoding="utf-8"))
+
+
+def training_seconds(folder: Path, name: str) -> float | None:
+    """How long a model of a finished run was trained; None where it went on from a checkpoint."""
+    path = folder / "interrupted.json"
+    if path.is_file() and name in json.loads(path.read_text(encoding="utf-8")):
+        return None
+    entries = read_metrics(folder / name / "metrics.jsonl")
+    return next((entry["train_runtime"] for entry in reversed(entries) if "train_runtime" in entry), None)
 
 
 def _settings_text(settings: dict[str, Any]) -> str:

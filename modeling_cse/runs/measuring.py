@@ -19,6 +19,7 @@ from ..analysis import passage, read_metrics, top_terms, typical_rows
 from ..clustering.evidence import separation
 from ..evaluation import SequenceClusters, sequence_clusters, sequence_losses
 from ..training.memory import replace_whole
+from .folder import training_seconds
 from .pretraining import RUNS, Pretraining
 
 
@@ -143,14 +144,9 @@ def _evidence(model: torch.nn.Module) -> list[int] | None:
 
 def _logged(folder: Path) -> dict[str, Any]:
     """What the runs logged: seconds of training, and the last fit of the last routed module."""
-    interrupted = folder / "interrupted.json"
-    cut = json.loads(interrupted.read_text(encoding="utf-8")) if interrupted.is_file() else []
-    entries = {name: read_metrics(folder / name / "metrics.jsonl") for name in RUNS}
-    seconds = {
-        name: None if name in cut else next(e["train_runtime"] for e in entries[name][::-1] if "train_runtime" in e)
-        for name in RUNS
-    }
-    last = next(entry for entry in reversed(entries["cse"]) if any(key.endswith("/clusters") for key in entry))
+    seconds = {name: training_seconds(folder, name) for name in RUNS}
+    entries = read_metrics(folder / "cse" / "metrics.jsonl")
+    last = next(entry for entry in reversed(entries) if any(key.endswith("/clusters") for key in entry))
     site = sorted({key.rpartition("/")[0] for key in last if key.endswith("/clusters")}, key=_layer)[-1]
     fit = {key.removeprefix(f"{site}/"): value for key, value in last.items() if key.startswith(f"{site}/")}
     return {"seconds": seconds, "site": site.removeprefix("cse/"), "fit": {"step": last["step"], **fit}}

@@ -38,7 +38,7 @@ from ..evaluation import perplexity_for_trainer, row_losses_for_trainer
 from ..hub import hardware
 from ..training import ClusterExpertsCallback, check_checkpoint, last_complete_checkpoint
 from .arguments import ClusterArguments, DataArguments, ModelArguments, parse_arguments
-from .folder import EpochCallback, JsonLinesCallback, check_folder, write_settings
+from .folder import EpochCallback, JsonLinesCallback, check_folder, note_interruption, write_settings
 from .report import report_run
 
 
@@ -330,6 +330,8 @@ class Pretraining:
             return self.family.model_class.from_pretrained(folder)
         model = self._model(name)
         checkpoint = self._checkpoint(folder, clusters is not None)
+        if checkpoint is not None and self.args.should_save:
+            note_interruption(self.folder, name)
         args = replace(self.args, output_dir=str(folder), resume_from_checkpoint=checkpoint)
         set_seed(args.seed)
         trainer = Trainer(

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from ..analysis import plot_run, read_metrics
 from ..evaluation import PerplexityByDomain, expert_shares, token_losses
 from ..hub import ExpertDescription, describe_experts, write_model_card
-from ..hub.cards import RECIPE, escape, one_line
+from ..hub.cards import RECIPE, TRAINING_TIME, escape, hours, one_line
+from .folder import training_seconds
 
 
 Batches = Callable[[Dataset], Iterable[dict[str, torch.Tensor]]]
@@ -56,11 +57,13 @@ def report_run(
     perplexity = {name: evaluate_by_domain(model, validation, batches, causal) for name, model in models.items()}
     routing = {domain: expert_shares(models["cse"], batches(blocks)) for domain, blocks in validation.items()}
     experts = _experts(models["cse"], folder / "cse", validation)
+    seconds = training_seconds(folder, "cse")
+    time = {} if seconds is None else {TRAINING_TIME: hours(seconds)}
     report = {
         "perplexity": perplexity,
         "routing": routing,
         "sentence": complete(folder / "cse", prompt, causal),
-        "recipe": {**_used(settings), "hardware": hardware},
+        "recipe": {**_used(settings), **time, "hardware": hardware},
         "data": data,
         "datasets": list(datasets),
         "base_model": base_model,

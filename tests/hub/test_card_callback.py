@@ -37,6 +37,12 @@ def test_a_run_ends_with_its_card(tmp_path):
     assert "## Results" not in card.text, "nothing was evaluated"
 
 
+def test_a_resumed_run_does_not_tell_a_part_of_its_time_for_the_whole(tmp_path):
+    trainer, cards = run(tmp_path)
+    cards.on_train_begin(trainer.args, trainer.state, trainer.control)  # with the steps of another process
+    assert "| training time |" not in trainer.create_model_card().text
+
+
 def test_it_has_the_results_of_the_last_evaluation_and_stands_for_the_trainers_draft(tmp_path):
     evaluated = {"law": [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in texts(8)]}
     trainer, _ = run(tmp_path, evaluated=evaluated, results={"dense": {"law": 100.0}}, base_model="org/base")

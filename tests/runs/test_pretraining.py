@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -91,6 +92,7 @@ def test_the_card_can_be_written_again_for_another_place(gpt2_run, tmp_path):
     path = folder / "cse" / "README.md"
     before = path.read_text(encoding="utf-8")
     assert "## The experts" in before and "| domains |" in before and "## Training" in before
+    assert re.search(r"\| training time \| 0\.\d minutes \|", before)
     assert [expert["expert"] for expert in found["experts"]][-1] == -1
     write_run_card(folder, repo_id="user/mine", license="mit")
     after = path.read_text(encoding="utf-8")
@@ -257,6 +259,7 @@ def test_a_run_killed_after_its_last_step_makes_no_other(tmp_path, gpt2_run):
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert max(entry["step"] for entry in metrics(folder / "cse" / "metrics.jsonl")) == 14
+    assert "training time" not in (folder / "cse" / "README.md").read_text(encoding="utf-8"), "it knows a part only"
 
 
 @pytest.mark.parametrize("name", ["cluster_state_rank0.safetensors", "optimizer.pt"])
