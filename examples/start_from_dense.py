@@ -7,8 +7,15 @@ Give experts to a dense GPT-2 that has been trained already, and train on.
     python examples/start_from_dense.py --checkpoint openai-community/gpt2 --learning_rate 5e-5
     python examples/start_from_dense.py --smoke    # the same in seconds, to see that it runs
 
-It prints perplexity by domain. That of the start equals the dense model's; that of the end is what more training gives
-with experts. What it gives without them, `examples/run_clm.py --compare_with_dense` shows.
+It prints perplexity by domain, here of the first command:
+
+    dense: perplexity {'general': 207.89, 'legal': 230.79, 'medical': 301.41}
+    experts in layers [1, 3], where clusters are clearest: {0: 1.4, 1: 1.61, 2: 1.58, 3: 1.59}
+    start: perplexity {'general': 207.89, 'legal': 230.79, 'medical': 301.41}
+    end: perplexity {'general': 141.95, 'legal': 134.13, 'medical': 199.28}
+
+That of the start equals the dense model's; that of the end is what more training gives with experts. What it gives
+without them is not shown here, but by `examples/run_clm.py --compare_with_dense`.
 """
 
 import argparse
@@ -104,7 +111,8 @@ def main() -> None:
     model, found = from_dense(
         checkpoint, blocks, cse_layers="auto", sample_size=2048, output_fit_info=True
     )
-    print(f"experts in layers {found['cse_layers']}, where clusters are clearest: {found['clarity']}")
+    clarity = {layer: round(value, 2) for layer, value in found["clarity"].items()}
+    print(f"experts in layers {found['cse_layers']}, where clusters are clearest: {clarity}")
     print_perplexity("start", model, validation)
 
     trainer = trainer_for(model, blocks, options.output_dir / "cse", options)

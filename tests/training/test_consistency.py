@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny import LANGUAGE_HEAD, activate, labelled, routed_module, tiny_model
+from tiny import LANGUAGE_HEAD, labelled, routed_module, tiny_model
 from tiny_runs import DROPOUT, make_trainer
 from transformers import TrainerCallback
 
@@ -406,56 +406,3 @@ def test_foreign_states_are_refused(options, changes, message):
     with pytest.raises(ValueError, match=message):
         consistency.load(state)
     assert len(consistency.sequences()) == 0 and consistency.counts.sum() == 0
-
-
-# ---- what is refused ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("window", 1), ("window", 2.5), ("tail_share", 0), ("tail_share", 1.1), ("sketch_size", 0), ("seed", -1)],
-)
-def test_wrong_argument_is_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=f"{name}={value!r} is not allowed: "):
-        GradientConsistency(training_model(), **{name: value})
-
-
-def attached(model) -> None:
-    GradientConsistency(model).attach()
-
-
-def test_routed_tokens_are_refused():
-    model = activate(training_model("gpt2", cse_combine="replace"))
-    attached(model)
-    with pytest.raises(ValueError, match=r"must see whole batches \(B, T, f\).*before experts are switched on"):
-        model(**skewed())
-
-
-def test_a_chunked_ffn_is_refused():
-    model = training_model("bert", chunk_size_feed_forward=4)
-    attached(model)
-    with pytest.raises(ValueError, match="set chunk_size_feed_forward=0"):
-        model(**skewed())
-
-
-def test_embeddings_in_place_of_tokens_are_refused(family):
-    model = training_model(family)
-    attached(model)
-    with pytest.raises(ValueError, match="input_ids=None is not allowed"):
-        model(inputs_embeds=torch.randn(2, 8, 32))
-
-
-def test_a_frozen_layer_is_refused(family):
-    model = training_model(family).requires_grad_(False)
-    attached(model)
-    with pytest.raises(ValueError, match="no gradient reaches the layer"):
-        model(**skewed())
-
-
-def test_a_layer_that_does_not_run_is_refused(family):
-    """As when compilation has taken its hooks away: without a word the window would never fill."""
-    model = training_model(family)
-    GradientConsistency(model, layer=torch.nn.Linear(64, 32)).attach()
-    model(**skewed())
-    with pytest.raises(ValueError, match="was not reached by the last batch"):
-        model(**skewed())
