@@ -11,10 +11,11 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from arms import Arm, read_arms
 from corpus import GENERAL, Corpus
 from run_folders import Run, read_runs
 from run_records import BINS, TestBlocks, record_of
@@ -70,7 +71,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(as_json(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def keep(runs: Path, corpus_folder: Path, results: Path) -> list[Path]:
+def keep(runs: Path, corpus_folder: Path, results: Path, arms: dict[str, Arm] | None = None) -> list[Path]:
     """
     Writes `<size>/<corpus>/<arm>-<seed>.json` for each finished run, and `corpus.json` beside them.
 
@@ -78,17 +79,26 @@ def keep(runs: Path, corpus_folder: Path, results: Path) -> list[Path]:
         runs: `<size>` folder with `<corpus>/<arm>-<seed>` folders below it.
         corpus_folder: of the corpus, whose name is that of the folder of runs.
         results: folder to write to.
+        arms: those that a record's command knows by name.
 
     Returns:
         The records' files.
 
     Raises:
-        ValueError: runs that do not belong to the corpus, or whose arm is kept with other settings.
+        ValueError: runs that do not belong to the corpus, or whose arm is kept, or stands in `arms`, with other
+            settings.
     """
     corpus = Corpus.load(corpus_folder)
     finished = read_runs(runs / corpus_folder.name)
     if any(run.settings["mixture"] != asdict(corpus.mixture) for run in finished):
         raise ValueError(f"corpus={corpus_folder.name!r} is not allowed: its mixture is not that of the runs.")
+    for run in finished if arms is not None else []:
+        name = run.arm.name.removesuffix("_last")
+        if arms.get(name) != replace(run.arm, name=name):
+            raise ValueError(
+                f"arm={name!r} is not allowed: seed {run.seed} ran with other settings than the arm has by now, so "
+                "that the record's command would train another."
+            )
     blocks, folder = TestBlocks.of(corpus), results / runs.name / corpus_folder.name
     records = {}
     for run, start in starts(finished):
@@ -144,8 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--corpus", type=Path, default=Path("runs/longtail/corpus/main"))
     parser.add_argument("--runs", type=Path, default=Path("runs/longtail"), help="folder with <size>/<corpus>/...")
     parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--arms", type=Path, default=HERE / "arms.yaml")
     given = parser.parse_args(arguments)
-    for path in keep(given.runs / given.size, given.corpus, given.results):
+    for path in keep(given.runs / given.size, given.corpus, given.results, read_arms(given.arms)):
         print(path.relative_to(given.results))
 
 

@@ -124,7 +124,9 @@ def outcome(tmp_path_factory, corpus, place):
             write_run(root / "tiny" / "main", arm, seed, corpus, tasks, noise)
     folder = root / "out"
     options = ["--size", "tiny", "--results", str(folder)]
-    keep.main([*options, "--runs", str(root), "--corpus", str(place)])
+    arms = {name: {key: value for key, value in asdict(arm).items() if key != "name"} for name, arm in ARMS.items()}
+    (root / "arms.yaml").write_text(json.dumps(arms))
+    keep.main([*options, "--runs", str(root), "--corpus", str(place), "--arms", str(root / "arms.yaml")])
     report.main(options)
     return (folder / "tiny-main.md").read_text(), json.loads((folder / "tiny-main.json").read_text()), folder
 
@@ -294,6 +296,12 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path, corpus, place):
     with pytest.raises(ValueError, match="arm=.dense. is not allowed: seed 1"):
         keep.keep(tmp_path / "tiny", place, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    alone = tmp_path / "alone" / "main"
+    write_run(alone, ARMS["dense"], 0, corpus)
+    by_now = {"dense": replace(ARMS["dense"], training={"max_steps": 3})}
+    with pytest.raises(ValueError, match="arm='dense' is not allowed: seed 0 ran with other settings"):
+        keep.keep(alone.parent, place, tmp_path / "out", by_now)
+    assert keep.keep(alone.parent, place, tmp_path / "out", ARMS)
     write_run(tmp_path / "stage", ARMS["dense_legal"], 0, corpus)
     with pytest.raises(ValueError, match="start='dense'"):
         keep.starts(read_runs(tmp_path / "stage"))
