@@ -76,7 +76,7 @@ class Comparison:
         write_settings(self.folder, settings)
         self.steps = self._steps()
         parts = [self._one_seed(seed) for seed in range(self.arguments.seeds)]
-        return write_page(self.folder, self.extract, parts, {"steps": self.steps, **asdict(self.arguments)})
+        return write_page(self.folder, self.extract, parts, {**asdict(self.arguments), "steps": self.steps})
 
     def _settings(self) -> dict[str, Any]:
         """What must not change in a folder. More seeds may come later."""

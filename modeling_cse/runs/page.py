@@ -212,15 +212,17 @@ def _clusters_section(first: dict[str, Any], agreement: float, seeds: int) -> st
     if first["kind"] == "evidence":
         where = f"of {whose}, the same in all layers with experts, found at step {fit['step']}"
         how, nearest = "by what is read up to them", "Surest of each cluster"
+        common = "has few words of its own"
     else:
         where = (
             f"of {whose}, {escape(first['site'])}, the last fit at step {fit['step']} (distance between centroids "
             f"over the radius {fit['clarity']:.2f})"
         )
         how, nearest = "from their own state", "Nearest to each centroid"
+        common = "is one of the largest"
     text = (
         f"{clarity.meaning}. Of the held-out tokens behind the first 32 of their sequence {agreement:.0%} find its "
-        f"cluster {how}. A common cluster owns no expert: it is one of the largest, or none was free. Clusters "
+        f"cluster {how}. A common cluster owns no expert: it {common}, or none was free. Clusters "
         f"{where}; shares, words and passages of a sample of training sequences. Words: log-odds against all other "
         f"sequences. {nearest}:"
     )
