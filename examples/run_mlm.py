@@ -9,6 +9,15 @@ Pretrain a BERT with cluster-guided sparse experts on mixed-domain text.
         --tokenizer_name google-bert/bert-base-uncased --domain_column domain --max_seq_length 128 \
         --output_dir runs/bert
 
+The first one ends with a table, a picture and a model card (in fp32). In 600 steps a masked model learns little more
+than word frequencies, and experts nothing yet:
+
+    | validation perplexity | cse | dense | cse / dense |
+    | general | 377.87 | 377.96 | 1.000 |
+    | legal | 481.95 | 482.03 | 1.000 |
+    | medical | 513.93 | 513.71 | 1.000 |
+    routes:   share of tokens that go to experts  general 50.8%, legal 72.7%, medical 95.9%
+
 Flags are those of transformers' run_mlm.py, with the groups "clusters" and "cse_*" added; a recipe (YAML) holds any of
 them, and flags behind it win.
 """
