@@ -104,7 +104,7 @@ class DataArguments:
 class ClusterArguments:
     """How clusters are found and kept (`ClusterExpertsCallback`), and what the run is compared with."""
 
-    warmup: str = _flag("0.1", "Dense training before the first fit: steps, or a share below 1.")
+    warmup: str = _flag("0.1", "Dense training before the first fit: steps, or a share below 1; 0 if none is needed.")
     recluster_every: str = _flag("0.1", "From the first fit to the second: steps, or a share of training below 1.")
     recluster_growth: float = _flag(1.0, "Each interval between fits is so many times the one before.")
     recluster_until: str | None = _flag(None, "No fit after it: steps, or a share of training below 1.")

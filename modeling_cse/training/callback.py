@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..clustering import ClusterSettings, move_clusters
+from ..clustering import ClusterSettings, RoutingFeatures, move_clusters
 from ..dispatch_cse import RoutedModule, Site
 from ..sharding_cse import is_sharded
+from .ahead import can_read_ahead, read_ahead
 from .checkpoints import check_sums
 from .collecting import FeatureCollector, refuse_adapters, refuse_parallel_plans, routed_base_model
 from .fitting import check_algorithm, fit_layers, is_joint
@@ -40,9 +41,11 @@ class ClusterExpertsCallback(TrainerCallback):
     found again, matched to the old ones so that an expert keeps its domain.
 
     Args:
-        warmup (`int`, `float` or `"auto"`): dense steps, or share of training (below 1); 0 only if the model has
-            clusters. `"auto"`: until the gradient consistency of rare sequences has passed its peak
-            (`training.consistency`), at the latest at 30 % of training.
+        warmup (`int`, `float` or `"auto"`): dense steps, or share of training (below 1). 0: the model has clusters, or
+            they are found before the first step, on `sample_size` rows of the training data, which must have a length
+            (`cse_routing="evidence"` or `"given"`, whose routes look at no hidden state). `"auto"`: until the gradient
+            consistency of rare sequences has passed its peak (`training.consistency`), at the latest at 30 % of
+            training.
         recluster_every (`int` or `float`): from the first fit to the second, optimizer steps or share of training
             (below 1).
         update (`str`): `"recluster"`, `"ema"` (after the first fit centroids follow their members as moving averages,
@@ -144,7 +147,8 @@ class ClusterExpertsCallback(TrainerCallback):
         self.memory = ClusterMemory()
         if state.global_step > 0:
             self._resume(args, state)
-        self._begin_warmup(args, state, kwargs.get("processing_class"))
+        dataloader = kwargs.get("train_dataloader")
+        self._begin_warmup(args, state, kwargs.get("processing_class"), dataloader)
         if self.trainer is None and args.report_to:
             logger.warning(
                 f"report_to={args.report_to}: cluster metrics are only in the trainer state. Use "
@@ -152,6 +156,10 @@ class ClusterExpertsCallback(TrainerCallback):
             )
         self.collector.attach(self._sites())
         self.idle.take(self._modules(), optimizer)
+        if self.first_fit == 0 and not self._has_clusters():
+            joint, seed = is_joint(self.base, self.settings), self.settings.seed
+            features = read_ahead(model, dataloader, args.train_batch_size, self.sample_size, seed, with_ids=joint)
+            self._log(state, control, self._fit(features, optimizer, drifting=False))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.saves.give_up()
@@ -173,7 +181,8 @@ class ClusterExpertsCallback(TrainerCallback):
             if metrics:
                 self._log(state, control, metrics)
         if self._next_fit(state.global_step - 1, state.max_steps) == state.global_step:
-            self._log(state, control, self._fit(optimizer))
+            stores = {site: self._sampler.stores[site].as_it_is() for site in self._sites()}
+            self._log(state, control, self._fit(gather_features(stores, self.sample_size), optimizer))
             for store in self._sampler.stores.values():
                 store.newest()  # what was fitted moves nothing afterwards
             following = self._next_fit(state.global_step, state.max_steps)
@@ -229,6 +238,9 @@ class ClusterExpertsCallback(TrainerCallback):
     def _modules(self) -> list[RoutedModule]:
         return list(self.base.routed_modules().values())
 
+    def _has_clusters(self) -> bool:
+        return any(module.router.num_clusters for module in self._modules())
+
     def _moves(self) -> bool:
         return self.schedule.moves and bool(self.memory.discriminants)
 
@@ -273,13 +285,13 @@ class ClusterExpertsCallback(TrainerCallback):
     def _collecting_steps(self, args: TrainingArguments) -> int:
         return math.ceil(self.sample_size / (args.train_batch_size * args.gradient_accumulation_steps * world_size()))
 
-    def _begin_warmup(self, args: TrainingArguments, state: TrainerState, tokenizer) -> None:
+    def _begin_warmup(self, args: TrainingArguments, state: TrainerState, tokenizer, dataloader) -> None:
         first = self.schedule.first_fit(state.max_steps)
         if first is not None:
             self._first_fit = first
-            self._check_warmup(first, state.max_steps)
+            self._check_warmup(first, state, dataloader)
             return
-        if any(module.router.num_clusters for module in self._modules()) and not self.memory.warmup:
+        if self._has_clusters() and not self.memory.warmup:
             raise ValueError("warmup='auto' is not allowed for a model that has clusters: use warmup=0.")
         self.automatic = AutomaticWarmup(
             self.base,
@@ -292,16 +304,18 @@ class ClusterExpertsCallback(TrainerCallback):
             self.automatic.load(self.memory.warmup)
         self.automatic.attach()
 
-    def _check_warmup(self, first: int, max_steps: int) -> None:
-        warmup, clustered = self.schedule.warmup, any(module.router.num_clusters for module in self._modules())
+    def _check_warmup(self, first: int, state: TrainerState, dataloader) -> None:
+        warmup, clustered, max_steps = self.schedule.warmup, self._has_clusters(), state.max_steps
         if first >= max_steps:
             raise ValueError(
                 f"warmup={warmup!r} is not allowed: it ends at step {first}, but training has only "
                 f"{max_steps} steps, so no expert would ever be switched on."
             )
-        if first == 0 and not clustered:
+        ahead = state.global_step == 0 and self._budget() is None and can_read_ahead(self.base, dataloader)
+        if first == 0 and not clustered and not ahead:
             raise ValueError(
-                "warmup=0 is not allowed for a model without clusters: fit them first (fit_experts), or let the model "
+                "warmup=0 is not allowed for a model without clusters, but with cse_routing='evidence' or 'given', "
+                "training data with a length, and no layer_budget: fit them first (fit_experts), or let the model "
                 "train densely for a while."
             )
         if first == 0 and self.schedule.update == "ema" and not self.memory.discriminants:
@@ -314,12 +328,12 @@ class ClusterExpertsCallback(TrainerCallback):
         if self.automatic is not None:
             self.automatic.detach()
 
-    def _fit(self, optimizer: Optimizer) -> dict[str, float]:
-        sites = self._sites()
-        first = not any(module.router.num_clusters for module in self._modules())
-        features = gather_features({site: self._sampler.stores[site].as_it_is() for site in sites}, self.sample_size)
+    def _fit(
+        self, features: dict[Site, RoutingFeatures | None], optimizer: Optimizer, drifting: bool = True
+    ) -> dict[str, float]:
+        first = not self._has_clusters()
         budget = self._budget() if first else None
-        metrics, filled = fit_layers(self.base, features, self.settings, self.memory, budget, drifting=True)
+        metrics, filled = fit_layers(self.base, features, self.settings, self.memory, budget, drifting)
         modules = self.base.routed_modules()
         for site, slots in filled.items():
             start_moments(optimizer, modules[site], slots)

@@ -7,8 +7,9 @@ hooks become two operators, which the compiler cannot look into and which find t
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -17,7 +18,9 @@ from torch import nn
 from ..clustering import FeatureStore, RoutingFeatures, sample_features
 from ..dispatch_cse import Site
 from ..routing_cse import SequenceScope
-from .gathering import rank, world_size
+from ..sharding_cse import is_sharded
+from .gathering import local_capacity, rank, world_size
+from .reading import INPUTS
 
 
 def routed_base_model(model: nn.Module) -> nn.Module:
@@ -201,3 +204,35 @@ class FeatureCollector:
     def clear(self) -> None:
         for store in self.stores.values():
             store.clear()
+
+
+@torch.no_grad()
+def collect_features(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], sample_size: int, with_ids: bool
+) -> dict[Site, RoutingFeatures | None]:
+    """
+    Routing features of this process's batches, by forward passes in evaluation mode.
+
+    Args:
+        model: a CSE model or head; its mode is kept.
+        batches: dicts of tensors; what a base model does not take is left out. Read until `sample_size` sequences
+            have passed.
+        sample_size: sequences to keep, over all processes.
+        with_ids: keep their token ids too.
+    """
+    collector = FeatureCollector(model, local_capacity(sample_size), training_only=False, with_ids=with_ids)
+    # FSDP gathers what lies outside of the blocks when the whole model is called
+    spread = any(is_sharded(parameter) for parameter in model.parameters())
+    asked, device, was_training = model if spread else collector.base, collector.base.device, model.training
+    model.eval()
+    collector.attach()
+    collector.enabled = True
+    try:
+        for batch in batches:
+            asked(**{name: value.to(device) for name, value in batch.items() if name in INPUTS})
+            if min(store.seen for store in collector.stores.values()) >= sample_size:
+                break
+    finally:
+        collector.detach()
+        model.train(was_training)
+    return collector.take()

@@ -29,10 +29,9 @@ from ..clustering import (
 from ..clustering.settings import GIVEN, TEXT
 from ..dispatch_cse import RoutedModule, Site
 from ..routing_cse import ClusterRouter
-from .collecting import FeatureCollector, refuse_adapters, refuse_parallel_plans, routed_base_model
-from .gathering import gather_features, local_capacity, on_first_rank
+from .collecting import collect_features, refuse_adapters, refuse_parallel_plans, routed_base_model
+from .gathering import gather_features, on_first_rank
 from .memory import ClusterMemory
-from .reading import INPUTS
 
 
 logger = logging.get_logger(__name__)
@@ -246,20 +245,6 @@ def fit_experts(
     for module in base.routed_modules().values():
         module.check_base()
     check_algorithm(base, settings)
-    collector = FeatureCollector(
-        model, local_capacity(sample_size), training_only=False, with_ids=is_joint(base, settings)
-    )
-    was_training = model.training
-    model.eval()
-    collector.attach()
-    collector.enabled = True
-    try:
-        for batch in batches:
-            base(**{name: value.to(base.device) for name, value in batch.items() if name in INPUTS})
-            if min(store.seen for store in collector.stores.values()) >= sample_size:
-                break
-    finally:
-        collector.detach()
-        model.train(was_training)
-    metrics, _ = fit_layers(model, gather_features(collector.take()), settings, ClusterMemory())
+    features = gather_features(collect_features(model, batches, sample_size, is_joint(base, settings)))
+    metrics, _ = fit_layers(model, features, settings, ClusterMemory())
     return metrics

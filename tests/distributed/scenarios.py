@@ -21,11 +21,12 @@ from modeling_cse import ClusterExpertsCallback
 from modeling_cse.sharding_cse import is_sharded, whole
 from modeling_cse.training import warmup
 from modeling_cse.training.consistency import GradientConsistency
-from modeling_cse.training.gathering import gather_features, rank, world_size
+from modeling_cse.training.gathering import rank, world_size
 
 
 GLOBAL_BATCH = 8
 BOTH = {"cse_modules": ["attention", "ffn"]}
+AT_ONCE = {"warmup": 0, "recluster_every": 4}
 
 
 class SampleWatcher(ClusterExpertsCallback):
@@ -36,14 +37,13 @@ class SampleWatcher(ClusterExpertsCallback):
         super().__init__(**options)
         self.samples, self.kept, self.routers = [], [], []
 
-    def _fit(self, optimizer):
+    def _fit(self, features, optimizer, drifting=True):
         site = self._sites()[-1]
-        store = self.collector.stores[site]
-        sample = gather_features({site: store.as_it_is()}, self.sample_size)[site]
+        store, sample = self.collector.stores[site], features[site]
         numbers = sample.labels if sample.ids.shape[1] == 0 else sample.ids
         self.samples.append((numbers.tolist(), sample.embeddings))
         self.kept.append(0 if store.all() is None else len(store.all()))
-        metrics = super()._fit(optimizer)
+        metrics = super()._fit(features, optimizer, drifting)
         state = self.base.state_dict().items()
         self.routers.append({name: t.clone() for name, t in state if ".router." in name or "evidence_router." in name})
         return metrics
@@ -167,11 +167,11 @@ def sharded_resumed(folder):
     return {"whole": start(), "resumed": start(str(Path(folder) / "checkpoint-7"))}
 
 
-def by_evidence(folder, **options):
+def by_evidence(folder, start=run, clusters=None, **options):
     """Clusters of texts, read off each rank's own rows. A number in `given_clusters` would be taken for a route."""
     model = tiny_model("gpt2", **EVIDENCE, **BOTH)
-    clusters = {"algorithm": "text", "sample_size": 32}
-    return run(folder, model=model, data=rows(length=24), clusters=clusters, **options)
+    clusters = {"algorithm": "text", "sample_size": 32, **(clusters or {})}
+    return start(folder, model=model, data=rows(length=24), clusters=clusters, **options)
 
 
 def sequential(made: list[dict]) -> dict:
@@ -208,6 +208,8 @@ SCENARIOS = {
     "resumed": resumed,
     "by_evidence": by_evidence,
     "by_evidence_accumulated": lambda folder: by_evidence(folder, accumulation=2, gradient_checkpointing=True),
+    "by_evidence_at_once": lambda folder: by_evidence(folder, clusters=AT_ONCE),
+    "sharded_at_once": lambda folder: by_evidence(folder, start=sharded, clusters=AT_ONCE),
     "by_evidence_resumed": lambda folder: resumed(folder, by_evidence, "recluster"),
     "sharded": lambda folder: sharded(
         folder, model=tiny_model("gpt2", **BOTH), eval_strategy="steps", eval_steps=5, per_device_eval_batch_size=4

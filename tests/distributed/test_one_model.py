@@ -9,7 +9,7 @@ from benchmarks.ranks import different_tensors, relative_difference
 
 TOLERANCE = 1e-5
 WITH_TWO = ["measured", "plain", "clipped", "accumulated", "masked", "one_sided", "padded", "automatic", "by_evidence"]
-WITH_TWO += ["by_evidence_accumulated"]
+WITH_TWO += ["by_evidence_accumulated", "by_evidence_at_once"]
 CASES = [(name, 2) for name in WITH_TWO] + [(name, 4) for name in ("measured", "plain", "clipped")]
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ def test_clusters_and_owners_are_those_of_one_process(outcome, name, processes):
             assert torch.equal(ours[key], one[key]), key
 
 
-@pytest.mark.parametrize("name", ["by_evidence", "by_evidence_accumulated"])
+@pytest.mark.parametrize("name", ["by_evidence", "by_evidence_accumulated", "by_evidence_at_once"])
 def test_evidence_is_that_of_one_process_to_the_bit_at_every_fit(outcome, name):
     """It is counted over the tokens of the same texts, whoever has seen them."""
     one, ranks = outcome(name), outcome(name, 2)

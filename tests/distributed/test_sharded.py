@@ -12,7 +12,14 @@ slow = pytest.mark.slow
 
 
 @slow
-@pytest.mark.parametrize("spread, whole", [("sharded", "plain"), ("sharded_everywhere", "whole_everywhere")])
+@pytest.mark.parametrize(
+    "spread, whole",
+    [
+        ("sharded", "plain"),
+        ("sharded_everywhere", "whole_everywhere"),
+        ("sharded_at_once", "by_evidence_at_once"),
+    ],
+)
 def test_it_is_the_run_with_whole_parameters(outcome, spread, whole):
     """Copies and fresh experts, their moments, idle slots: each would show in the steps after a fit."""
     ranks, expected = outcome(spread, 2), outcome(whole, 2)[0]

@@ -1,0 +1,125 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Promises of a run without warm-up: clusters are found on text to come, nothing else changes, and it says where that
+cannot be."""
+
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tiny import routed_modules, tiny_model
+from tiny_runs import DROPOUT, Watcher, fit_steps, history, make_trainer, rows, settings, train
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
+
+from modeling_cse import ClusterExpertsCallback
+from modeling_cse.training import ahead
+
+
+TEXT = {"common_share": 0.4, "num_clusters": 3, "sample_size": 32, "warmup": 0, "recluster_every": 4}
+DATA = rows(length=24)
+
+
+def evidence_model(**flags):
+    return tiny_model("gpt2", cse_routing="evidence", **flags)
+
+
+def callback(**changes) -> ClusterExpertsCallback:
+    return ClusterExpertsCallback(**settings(**{**TEXT, **changes}))
+
+
+def clusters_of(model) -> list[int]:
+    return [module.router.num_clusters for module in routed_modules(model).values()]
+
+
+def test_clusters_are_there_before_the_first_step(tmp_path):
+    watcher = Watcher(clusters_of)
+    trainer = train(tmp_path, callback(), model=evidence_model(), data=DATA, callbacks=[watcher])
+    assert watcher.seen[0] == [3, 3] and fit_steps(trainer) == [0, 4, 8]
+    first = next(entry for entry in trainer.state.log_history if "cse/layer_1/ffn/clusters" in entry)
+    assert first["cse/layer_1/ffn/experts"] == 2 and first["cse/layer_1/ffn/agreement"] > 0.8
+    assert trainer.model.training, "the mode of training"
+
+
+def test_labels_of_the_data_are_taken_as_they_are(tmp_path):
+    labels = (0, 0, 0, 0, 1, 1, 2, 2)
+    data = [{**row, "given_clusters": labels[number % 8]} for number, row in enumerate(DATA)]
+    own = ClusterExpertsCallback(warmup=0, update="frozen", algorithm="given", common_share=0.4, sample_size=32)
+    trainer = train(tmp_path, own, model=tiny_model("gpt2", cse_routing="given"), data=data)
+    assert fit_steps(trainer) == [0] and clusters_of(trainer.model) == [3, 3]
+
+
+def test_training_sees_the_rows_and_draws_that_it_would_see_without(tmp_path):
+    """Experts begin at zero: the first loss is that of the dense warm-up, dropout and order of the rows included."""
+    losses = []
+    for warmup in (0, 4):
+        own = callback(warmup=warmup)
+        trainer = train(tmp_path / str(warmup), own, model=evidence_model(**DROPOUT), data=DATA, max_steps=5)
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0][0] == losses[1][0] and losses[0][4] != losses[1][4]
+
+
+def test_random_numbers_of_data_and_collator_are_given_back():
+    def collate(batch):
+        random.random(), np.random.rand(), torch.rand(())
+        return default_data_collator(batch)
+
+    def numbers():
+        return random.random(), np.random.rand(), float(torch.rand(()))
+
+    model, found = evidence_model(), []
+    for look in (False, True):
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        if look:
+            ahead.read_ahead(model, DataLoader(DATA, collate_fn=collate), 8, 32, 0, with_ids=True)
+        found.append(numbers())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("count", [32, 37])
+def test_any_number_of_processes_reads_the_same_rows(monkeypatch, count):
+    loader = DataLoader(DATA, collate_fn=lambda batch: [int(row["input_ids"].sum()) for row in batch])
+
+    def read(processes: int, batch_size: int) -> list[int]:
+        monkeypatch.setattr(ahead, "world_size", lambda: processes)
+        each = []
+        for number in range(processes):
+            monkeypatch.setattr(ahead, "rank", lambda number=number: number)
+            each.append(list(ahead._batches(loader, batch_size, count, seed=3)))
+        assert len({len(batches) for batches in each}) == 1, "forward passes wait for each other"
+        return [row for batches in zip(*each, strict=True) for batch in batches for row in batch]
+
+    one = read(1, 8)
+    assert len(one) == len(set(one)) == count
+    assert read(2, 4) == one[: len(read(2, 4))] and len(read(2, 4)) >= count - 1
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 7, "data": DATA}
+    whole = train(tmp_path / "whole", callback(), model=evidence_model(), **saving)
+    place = tmp_path / "again" / "checkpoint-3"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", place)
+    again = train(tmp_path / "again", callback(), model=evidence_model(), resume=str(place), **saving)
+    assert history(again) == history(whole)
+    ours, theirs = again.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def stream():
+    return Dataset.from_list(DATA).with_format("torch").to_iterable_dataset()
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "data"),
+    [
+        ({"cse_routing": "discriminant"}, {}, DATA),
+        ({"cse_routing": "evidence"}, {"layer_budget": 1}, DATA),
+        ({"cse_routing": "evidence"}, {}, None),
+    ],
+)
+def test_where_states_are_needed_or_data_are_a_stream_it_is_refused(tmp_path, flags, changes, data):
+    trainer = make_trainer(tmp_path, callback(**changes), model=tiny_model("gpt2", **flags), data=data or stream())
+    with pytest.raises(ValueError, match="warmup=0 is not allowed for a model without clusters.*no layer_budget"):
+        trainer.train()
