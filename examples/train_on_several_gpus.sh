@@ -6,8 +6,8 @@
 #     ACCELERATE=fsdp2_gpu bash examples/train_on_several_gpus.sh my.yaml   # or zero2_gpu: larger models
 #     bash examples/train_on_several_gpus.sh --smoke                        # two processes on a CPU, a few steps
 #
-# It ends with the table and the picture of examples/run_clm.py, which it runs; what the experts print there holds here
-# too, as the number of processes changes losses by rounding alone (docs/distributed.md).
+# It ends with the table and the picture of examples/run_clm.py, which it runs; the number of processes changes losses
+# by rounding alone (docs/distributed.md).
 set -euo pipefail
 
 here="$(dirname "${BASH_SOURCE[0]}")/.."
