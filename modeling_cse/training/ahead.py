@@ -14,10 +14,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..clustering import RoutingFeatures
-from ..dispatch_cse import Site
-from .collecting import collect_features, routed_base_model
-from .gathering import gather_features, rank, world_size
+from .collecting import FeatureCollector, read_batches_of, routed_base_model
+from .gathering import rank, world_size
 
 
 STATELESS = ("evidence", "given")  # kinds of routing that look at no hidden state
@@ -33,23 +31,22 @@ def can_read_ahead(model: nn.Module, dataloader: DataLoader | None) -> bool:
 
 
 def read_ahead(
-    model: nn.Module, dataloader: DataLoader, batch_size: int, sample_size: int, seed: int, with_ids: bool
-) -> dict[Site, RoutingFeatures | None]:
+    collector: FeatureCollector, model: nn.Module, dataloader: DataLoader, batch_size: int, sample_size: int, seed: int
+) -> None:
     """
-    Routing features of rows drawn at random from the training data, one forward pass each in evaluation mode. All
-    processes get those of all, the same however many they are. What training draws at random stays as it is.
+    Fills a collector with rows drawn at random from the training data, one forward pass each in evaluation mode. The
+    sample is the same however many processes there are. What training draws at random stays as it is.
 
     Args:
+        collector: of the training, attached.
         model: a CSE model or head for which `can_read_ahead` holds.
         dataloader: of the training; its collator makes the batches.
         batch_size: rows of a batch and process.
         sample_size: rows, over all processes.
         seed: of the draw.
-        with_ids: keep their token ids too.
     """
     with _random_numbers_kept(seed):
-        batches = _batches(dataloader, batch_size, sample_size, seed)
-        return gather_features(collect_features(model, batches, sample_size, with_ids))
+        read_batches_of(collector, model, _batches(dataloader, batch_size, sample_size, seed), sample_size)
 
 
 def _batches(dataloader: DataLoader, batch_size: int, sample_size: int, seed: int) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..clustering import ClusterSettings, RoutingFeatures, move_clusters
+from ..clustering import ClusterSettings, move_clusters
 from ..dispatch_cse import RoutedModule, Site
 from ..sharding_cse import is_sharded
 from .ahead import can_read_ahead, read_ahead
@@ -157,9 +157,9 @@ class ClusterExpertsCallback(TrainerCallback):
         self.collector.attach(self._sites())
         self.idle.take(self._modules(), optimizer)
         if self.first_fit == 0 and not self._has_clusters():
-            joint, seed = is_joint(self.base, self.settings), self.settings.seed
-            features = read_ahead(model, dataloader, args.train_batch_size, self.sample_size, seed, with_ids=joint)
-            self._log(state, control, self._fit(features, optimizer, drifting=False))
+            size, seed = self.sample_size, self.settings.seed
+            read_ahead(self.collector, model, dataloader, args.train_batch_size, size, seed)
+            self._fit_and_log(args, state, control, optimizer)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.saves.give_up()
@@ -181,13 +181,7 @@ class ClusterExpertsCallback(TrainerCallback):
             if metrics:
                 self._log(state, control, metrics)
         if self._next_fit(state.global_step - 1, state.max_steps) == state.global_step:
-            stores = {site: self._sampler.stores[site].as_it_is() for site in self._sites()}
-            self._log(state, control, self._fit(gather_features(stores, self.sample_size), optimizer))
-            for store in self._sampler.stores.values():
-                store.newest()  # what was fitted moves nothing afterwards
-            following = self._next_fit(state.global_step, state.max_steps)
-            if following is None or following - state.global_step >= self._collecting_steps(args):
-                self._sampler.clear()  # the next fit has a sample of its own
+            self._fit_and_log(args, state, control, optimizer)
         elif self._moves():
             self._move()
         self.saves.begin(args, state, control, partial(self._save, state=state))
@@ -328,12 +322,19 @@ class ClusterExpertsCallback(TrainerCallback):
         if self.automatic is not None:
             self.automatic.detach()
 
-    def _fit(
-        self, features: dict[Site, RoutingFeatures | None], optimizer: Optimizer, drifting: bool = True
-    ) -> dict[str, float]:
-        first = not self._has_clusters()
+    def _fit_and_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer) -> None:
+        self._log(state, control, self._fit(optimizer))
+        for store in self._sampler.stores.values():
+            store.newest()  # what was fitted moves nothing afterwards
+        following = self._next_fit(state.global_step, state.max_steps)
+        if following is None or following - state.global_step >= self._collecting_steps(args):
+            self._sampler.clear()  # the next fit has a sample of its own
+
+    def _fit(self, optimizer: Optimizer) -> dict[str, float]:
+        sites, first = self._sites(), not self._has_clusters()
+        features = gather_features({site: self._sampler.stores[site].as_it_is() for site in sites}, self.sample_size)
         budget = self._budget() if first else None
-        metrics, filled = fit_layers(self.base, features, self.settings, self.memory, budget, drifting)
+        metrics, filled = fit_layers(self.base, features, self.settings, self.memory, budget, drifting=True)
         modules = self.base.routed_modules()
         for site, slots in filled.items():
             start_moments(optimizer, modules[site], slots)

@@ -19,7 +19,7 @@ from ..clustering import FeatureStore, RoutingFeatures, sample_features
 from ..dispatch_cse import Site
 from ..routing_cse import SequenceScope
 from ..sharding_cse import is_sharded
-from .gathering import local_capacity, rank, world_size
+from .gathering import rank, world_size
 from .reading import INPUTS
 
 
@@ -207,32 +207,29 @@ class FeatureCollector:
 
 
 @torch.no_grad()
-def collect_features(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], sample_size: int, with_ids: bool
-) -> dict[Site, RoutingFeatures | None]:
+def read_batches_of(
+    collector: FeatureCollector, model: nn.Module, batches: Iterable[Mapping[str, Any]], sample_size: int
+) -> None:
     """
-    Routing features of this process's batches, by forward passes in evaluation mode.
+    Fills a collector by forward passes in evaluation mode, until each of its stores has seen `sample_size` sequences.
 
     Args:
+        collector: of the model, attached or not; it stays as it is.
         model: a CSE model or head; its mode is kept.
-        batches: dicts of tensors; what a base model does not take is left out. Read until `sample_size` sequences
-            have passed.
-        sample_size: sequences to keep, over all processes.
-        with_ids: keep their token ids too.
+        batches: of this process, dicts of tensors. What a base model does not take is left out.
+        sample_size: sequences.
     """
-    collector = FeatureCollector(model, local_capacity(sample_size), training_only=False, with_ids=with_ids)
     # FSDP gathers what lies outside of the blocks when the whole model is called
     spread = any(is_sharded(parameter) for parameter in model.parameters())
     asked, device, was_training = model if spread else collector.base, collector.base.device, model.training
+    before = collector.enabled, collector.training_only
     model.eval()
-    collector.attach()
-    collector.enabled = True
+    collector.enabled, collector.training_only = True, False
     try:
         for batch in batches:
             asked(**{name: value.to(device) for name, value in batch.items() if name in INPUTS})
             if min(store.seen for store in collector.stores.values()) >= sample_size:
                 break
     finally:
-        collector.detach()
+        collector.enabled, collector.training_only = before
         model.train(was_training)
-    return collector.take()

@@ -29,8 +29,14 @@ from ..clustering import (
 from ..clustering.settings import GIVEN, TEXT
 from ..dispatch_cse import RoutedModule, Site
 from ..routing_cse import ClusterRouter
-from .collecting import collect_features, refuse_adapters, refuse_parallel_plans, routed_base_model
-from .gathering import gather_features, on_first_rank
+from .collecting import (
+    FeatureCollector,
+    read_batches_of,
+    refuse_adapters,
+    refuse_parallel_plans,
+    routed_base_model,
+)
+from .gathering import gather_features, local_capacity, on_first_rank
 from .memory import ClusterMemory
 
 
@@ -245,6 +251,11 @@ def fit_experts(
     for module in base.routed_modules().values():
         module.check_base()
     check_algorithm(base, settings)
-    features = gather_features(collect_features(model, batches, sample_size, is_joint(base, settings)))
-    metrics, _ = fit_layers(model, features, settings, ClusterMemory())
+    collector = FeatureCollector(model, local_capacity(sample_size), with_ids=is_joint(base, settings))
+    collector.attach()
+    try:
+        read_batches_of(collector, model, batches, sample_size)
+    finally:
+        collector.detach()
+    metrics, _ = fit_layers(model, gather_features(collector.take()), settings, ClusterMemory())
     return metrics

@@ -21,12 +21,12 @@ from modeling_cse import ClusterExpertsCallback
 from modeling_cse.sharding_cse import is_sharded, whole
 from modeling_cse.training import warmup
 from modeling_cse.training.consistency import GradientConsistency
-from modeling_cse.training.gathering import rank, world_size
+from modeling_cse.training.gathering import gather_features, rank, world_size
 
 
 GLOBAL_BATCH = 8
 BOTH = {"cse_modules": ["attention", "ffn"]}
-AT_ONCE = {"warmup": 0, "recluster_every": 4}
+AT_ONCE = {"warmup": 0, "recluster_every": 3, "recluster_until": 6}  # of the second sample a part was read ahead
 
 
 class SampleWatcher(ClusterExpertsCallback):
@@ -37,13 +37,14 @@ class SampleWatcher(ClusterExpertsCallback):
         super().__init__(**options)
         self.samples, self.kept, self.routers = [], [], []
 
-    def _fit(self, features, optimizer, drifting=True):
+    def _fit(self, optimizer):
         site = self._sites()[-1]
-        store, sample = self.collector.stores[site], features[site]
+        store = self.collector.stores[site]
+        sample = gather_features({site: store.as_it_is()}, self.sample_size)[site]
         numbers = sample.labels if sample.ids.shape[1] == 0 else sample.ids
         self.samples.append((numbers.tolist(), sample.embeddings))
         self.kept.append(0 if store.all() is None else len(store.all()))
-        metrics = super()._fit(features, optimizer, drifting)
+        metrics = super()._fit(optimizer)
         state = self.base.state_dict().items()
         self.routers.append({name: t.clone() for name, t in state if ".router." in name or "evidence_router." in name})
         return metrics

@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from modeling_cse import ClusterExpertsCallback
-from modeling_cse.training import ahead
+from modeling_cse.training import FeatureCollector, ahead
+from modeling_cse.training import callback as module
+from modeling_cse.training.gathering import gather_features
 
 
 TEXT = {"common_share": 0.4, "num_clusters": 3, "sample_size": 32, "warmup": 0, "recluster_every": 4}
@@ -41,6 +43,23 @@ def test_clusters_are_there_before_the_first_step(tmp_path):
     first = next(entry for entry in trainer.state.log_history if "cse/layer_1/ffn/clusters" in entry)
     assert first["cse/layer_1/ffn/experts"] == 2 and first["cse/layer_1/ffn/agreement"] > 0.8
     assert trainer.model.training, "the mode of training"
+
+
+def test_the_next_fit_is_not_left_with_what_came_since(tmp_path, monkeypatch):
+    samples = []
+
+    def noted(*args):
+        samples.append(gather_features(*args))
+        return samples[-1]
+
+    monkeypatch.setattr(module, "gather_features", noted)
+    train(tmp_path, callback(recluster_every=2), model=evidence_model(), data=DATA, max_steps=7)
+    ids = [next(iter(sample.values())).ids for sample in samples]
+    assert [len(each) for each in ids] == [32] * 4, "fits before step 1, and after steps 2, 4 and 6"
+    assert torch.equal(ids[1][:16], ids[0][16:]) and not torch.equal(ids[1][16:], ids[0][16:])
+    seen = [tuple(row["input_ids"].tolist()) for row in DATA]
+    drawn = [seen.index(tuple(text)) for text in ids[0].tolist()]
+    assert len(set(drawn)) == 32 and drawn != sorted(drawn)
 
 
 def test_labels_of_the_data_are_taken_as_they_are(tmp_path):
@@ -73,7 +92,10 @@ def test_random_numbers_of_data_and_collator_are_given_back():
     for look in (False, True):
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
         if look:
-            ahead.read_ahead(model, DataLoader(DATA, collate_fn=collate), 8, 32, 0, with_ids=True)
+            collector = FeatureCollector(model, 32)
+            collector.attach()
+            ahead.read_ahead(collector, model, DataLoader(DATA, collate_fn=collate), 8, 32, seed=0)
+            assert all(len(store) == 32 for store in collector.stores.values())
         found.append(numbers())
     assert found[0] == found[1]
 
