@@ -308,7 +308,7 @@ class ClusterExpertsCallback(TrainerCallback):
         ahead = state.global_step == 0 and self._budget() is None and can_read_ahead(self.base, dataloader)
         if first == 0 and not clustered and not ahead:
             raise ValueError(
-                "warmup=0 is not allowed for a model without clusters, but with cse_routing='evidence' or 'given', "
+                "warmup=0 is not allowed for a model without clusters, except with cse_routing='evidence' or 'given', "
                 "training data with a length, and no layer_budget: fit them first (fit_experts), or let the model "
                 "train densely for a while."
             )
