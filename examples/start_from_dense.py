@@ -117,7 +117,7 @@ def main() -> None:
 
     trainer = trainer_for(model, blocks, options.output_dir / "cse", options)
     every = max(options.steps // 3, 1)
-    ClusterExpertsCallback(warmup=0, recluster_every=every).attach(trainer)
+    ClusterExpertsCallback(recluster_every=every).attach(trainer)
     trainer.train()
     print_perplexity("end", model, validation)
     trainer.save_model()

@@ -134,9 +134,14 @@ def fit_layer(
     return fit
 
 
-def held_out(sequences: int) -> np.ndarray:
-    """Which sequences of a sample are measured on and not fitted on, (N,) bool."""
-    return np.arange(sequences) % HELD_OUT == HELD_OUT - 1
+def held_out(sequences: int, ids: np.ndarray | None = None) -> np.ndarray:
+    """Which sequences of a sample are measured on and not fitted on, (N,) bool. Where their ids (N, L) are told, what
+    a sample has twice (from two epochs, or read ahead and then by training) lies on one side."""
+    held = np.arange(sequences) % HELD_OUT == HELD_OUT - 1
+    if ids is None:
+        return held
+    _, firsts, places = np.unique(ids, axis=0, return_index=True, return_inverse=True)
+    return held[firsts][places.reshape(-1)]
 
 
 def _check_range(features: RoutingFeatures, state: dict[str, torch.Tensor]) -> None:
@@ -198,7 +203,7 @@ def _routing_metrics(router: ClusterRouter, fit: LayerFit, features: RoutingFeat
 
 def evidence_agreement(joint: JointFit, ids: np.ndarray) -> dict[str, float]:
     """How often the tokens read so far tell the cluster of their text, over held-out texts and by position."""
-    held, labels = held_out(len(ids)), joint.labels
+    held, labels = held_out(len(ids), ids), joint.labels
     # as the fit has it: a cluster of which every text is held out was fitted on them
     held &= np.isin(labels, labels[~held]) & (labels >= 0)
     if not held.any():

@@ -104,7 +104,9 @@ class DataArguments:
 class ClusterArguments:
     """How clusters are found and kept (`ClusterExpertsCallback`), and what the run is compared with."""
 
-    warmup: str = _flag("0.1", "Dense training before the first fit: steps, or a share below 1; 0 if none is needed.")
+    warmup: str | None = _flag(
+        None, "Dense training before the first fit: steps, a share below 1, or auto. Default: 0.1; 0 with clusters."
+    )
     recluster_every: str = _flag("0.1", "From the first fit to the second: steps, or a share of training below 1.")
     recluster_growth: float = _flag(1.0, "Each interval between fits is so many times the one before.")
     recluster_until: str | None = _flag(None, "No fit after it: steps, or a share of training below 1.")
@@ -160,7 +162,7 @@ class ClusterArguments:
         until = self.recluster_until
         return {
             **own,
-            "warmup": self.warmup if self.warmup == "auto" else steps_or_share(self.warmup),
+            "warmup": self.warmup if self.warmup in ("auto", None) else steps_or_share(self.warmup),
             "recluster_every": steps_or_share(self.recluster_every, "recluster_every"),
             "recluster_until": None if until is None else steps_or_share(until, "recluster_until"),
             "common_share": _number_or_word("common_share", self.common_share, {"elbow": "elbow", None: None}),

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """
-Reading ahead: routes that look at no hidden state need no trained model, so that their clusters can be found before
-the first step, on text that training will see.
+Reading ahead: routes that look at no hidden state need no trained model, so that their clusters can be found on text
+that training will see later, or before the first step.
 """
 
 import random

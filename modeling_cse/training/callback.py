@@ -14,9 +14,10 @@ from ..clustering import ClusterSettings, move_clusters
 from ..dispatch_cse import RoutedModule, Site
 from ..sharding_cse import is_sharded
 from .ahead import can_read_ahead, read_ahead
+from .checking import check_model, is_joint
 from .checkpoints import check_sums
 from .collecting import FeatureCollector, refuse_adapters, refuse_parallel_plans, routed_base_model
-from .fitting import check_algorithm, fit_layers, is_joint
+from .fitting import fit_layers
 from .gathering import gather_features, local_capacity, rank, world_size
 from .memory import ClusterMemory, load_state, save_state
 from .moments import IdleSlots, start_moments
@@ -38,14 +39,15 @@ class ClusterExpertsCallback(TrainerCallback):
 
     The model trains densely for a warm-up. Then clusters are found among the routing features of the last training
     batches (no second forward pass), long-tail clusters get an expert each, and every `recluster_every` they are
-    found again, matched to the old ones so that an expert keeps its domain.
+    found again, matched to the old ones so that an expert keeps its domain. Where the first sample would not be full,
+    it is filled up with text that is read ahead, if routes look at no hidden state (`training.ahead`).
 
     Args:
         warmup (`int`, `float` or `"auto"`): dense steps, or share of training (below 1). 0: the model has clusters, or
-            they are found before the first step, on `sample_size` rows of the training data, which must have a length
-            (`cse_routing="evidence"` or `"given"`, whose routes look at no hidden state). `"auto"`: until the gradient
-            consistency of rare sequences has passed its peak (`training.consistency`), at the latest at 30 % of
-            training.
+            they are found before the first step, on text that is read ahead: training data with a length,
+            `cse_routing="evidence"` or `"given"`, no `layer_budget`. `"auto"`: until the gradient consistency of rare
+            sequences has passed its peak (`training.consistency`), at the latest at 30 % of training. Default: 0 for a
+            model that has clusters, otherwise 0.1.
         recluster_every (`int` or `float`): from the first fit to the second, optimizer steps or share of training
             (below 1).
         update (`str`): `"recluster"`, `"ema"` (after the first fit centroids follow their members as moving averages,
@@ -78,7 +80,7 @@ class ClusterExpertsCallback(TrainerCallback):
 
     def __init__(
         self,
-        warmup: int | float | str = 0.1,
+        warmup: int | float | str | None = None,
         recluster_every: int | float = 0.1,
         update: str = "recluster",
         algorithm: str | None = None,
@@ -98,7 +100,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self._asked = self.settings = ClusterSettings(
             algorithm, num_clusters, common_share, patience, seed, projection, min_cluster_share, common_by
         )
-        self.schedule = FitSchedule(warmup, recluster_every, recluster_growth, recluster_until, update)
+        self._planned = self.schedule = FitSchedule(warmup, recluster_every, recluster_growth, recluster_until, update)
         least = (self.settings.cluster_range or (1,))[0]
         if not _is_count(sample_size, least):
             raise ValueError(f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={least}.")
@@ -135,7 +137,7 @@ class ClusterExpertsCallback(TrainerCallback):
         refuse_parallel_plans(model)
         self.base = routed_base_model(model)
         self.settings = self._asked.resolve(self.base.config.cse_routing)
-        self._check_model()
+        check_model(self.base, self.settings, self.schedule)
         check_stage(model)
         step = args.train_batch_size * args.gradient_accumulation_steps
         capacity = local_capacity(self.sample_size, args.train_batch_size)
@@ -145,10 +147,11 @@ class ClusterExpertsCallback(TrainerCallback):
             with_ids=is_joint(self.base, self.settings),
         )
         self.memory = ClusterMemory()
+        dataloader = kwargs.get("train_dataloader")
         if state.global_step > 0:
             self._resume(args, state)
-        dataloader = kwargs.get("train_dataloader")
-        self._begin_warmup(args, state, kwargs.get("processing_class"), dataloader)
+        ahead = state.global_step == 0 and self._may_read_ahead(dataloader)
+        self._begin_warmup(args, state, kwargs.get("processing_class"), ahead)
         if self.trainer is None and args.report_to:
             logger.warning(
                 f"report_to={args.report_to}: cluster metrics are only in the trainer state. Use "
@@ -156,9 +159,10 @@ class ClusterExpertsCallback(TrainerCallback):
             )
         self.collector.attach(self._sites())
         self.idle.take(self._modules(), optimizer)
+        missing = self._missing_at_first_fit(args)
+        if ahead and missing > 0:
+            read_ahead(self.collector, model, dataloader, args.train_batch_size, missing, self.settings.seed)
         if self.first_fit == 0 and not self._has_clusters():
-            size, seed = self.sample_size, self.settings.seed
-            read_ahead(self.collector, model, dataloader, args.train_batch_size, size, seed)
             self._fit_and_log(args, state, control, optimizer)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -238,36 +242,6 @@ class ClusterExpertsCallback(TrainerCallback):
     def _moves(self) -> bool:
         return self.schedule.moves and bool(self.memory.discriminants)
 
-    def _check_model(self) -> None:
-        """Says at the start what would otherwise fail at the end of warm-up."""
-        for module in self._modules():
-            module.check_base()
-        most = min(module.router.max_clusters for module in self._modules())
-        asked = self.settings.cluster_range
-        if asked is not None and asked[0] > most:
-            raise ValueError(
-                f"num_clusters={self.settings.num_clusters} is not allowed: the routers of this model hold at most "
-                f"cse_max_clusters={most}."
-            )
-        config = self.base.config
-        if config.cse_routing == "given" and self.settings.algorithm != "given":
-            raise ValueError(
-                f"algorithm={self.settings.algorithm!r} is not allowed with cse_routing='given': clusters come with "
-                "the batch, so it must be 'given'."
-            )
-        check_algorithm(self.base, self.settings)
-        if self.schedule.moves and is_joint(self.base, self.settings):
-            raise ValueError(
-                f"update={self.schedule.update!r} is not allowed with algorithm={self.settings.algorithm!r} and "
-                f"cse_routing={config.cse_routing!r}: clusters of texts do not drift, so it must be 'recluster' or "
-                "'frozen'."
-            )
-        if config.cse_routing == "given" and self.schedule.update != "frozen":
-            raise ValueError(
-                f"update={self.schedule.update!r} is not allowed with cse_routing='given': labels stay, so it "
-                "must be 'frozen'."
-            )
-
     @property
     def first_fit(self) -> int | None:
         """The step of the first fit; None while an automatic warm-up goes on."""
@@ -277,20 +251,33 @@ class ClusterExpertsCallback(TrainerCallback):
         return None if self.first_fit is None else self.schedule.next_fit(self.first_fit, step, max_steps)
 
     def _collecting_steps(self, args: TrainingArguments) -> int:
-        return math.ceil(self.sample_size / (args.train_batch_size * args.gradient_accumulation_steps * world_size()))
+        return math.ceil(self.sample_size / _step_sequences(args))
 
-    def _begin_warmup(self, args: TrainingArguments, state: TrainerState, tokenizer, dataloader) -> None:
+    def _may_read_ahead(self, dataloader) -> bool:
+        """Whether a fit may look at text that training has not seen yet. Layers are chosen by states, that only
+        training has."""
+        return not self._has_clusters() and self._budget() is None and can_read_ahead(self.base, dataloader)
+
+    def _missing_at_first_fit(self, args: TrainingArguments) -> int:
+        """Sequences that training will not have read by then of those that make a sample."""
+        return 0 if self.first_fit is None else self.sample_size - self.first_fit * _step_sequences(args)
+
+    def _begin_warmup(self, args: TrainingArguments, state: TrainerState, tokenizer, ahead: bool) -> None:
+        if state.global_step == 0:  # otherwise the checkpoint says it; averages start from a fit in this run
+            self.memory.at_once = self._has_clusters() and self.schedule.update != "ema"
+        self.schedule = self._planned.resolve(self.memory.at_once)
         first = self.schedule.first_fit(state.max_steps)
+        self.memory.at_once = first == 0
         if first is not None:
             self._first_fit = first
-            self._check_warmup(first, state, dataloader)
+            self._check_warmup(first, state.max_steps, ahead)
             return
         if self._has_clusters() and not self.memory.warmup:
             raise ValueError("warmup='auto' is not allowed for a model that has clusters: use warmup=0.")
         self.automatic = AutomaticWarmup(
             self.base,
             state.max_steps,
-            args.train_batch_size * args.gradient_accumulation_steps * world_size(),
+            _step_sequences(args),
             self._collecting_steps(args),
             getattr(tokenizer, "all_special_ids", ()),
         )
@@ -298,15 +285,14 @@ class ClusterExpertsCallback(TrainerCallback):
             self.automatic.load(self.memory.warmup)
         self.automatic.attach()
 
-    def _check_warmup(self, first: int, state: TrainerState, dataloader) -> None:
-        warmup, clustered, max_steps = self.schedule.warmup, self._has_clusters(), state.max_steps
+    def _check_warmup(self, first: int, max_steps: int, ahead: bool) -> None:
+        warmup = self.schedule.warmup
         if first >= max_steps:
             raise ValueError(
                 f"warmup={warmup!r} is not allowed: it ends at step {first}, but training has only "
                 f"{max_steps} steps, so no expert would ever be switched on."
             )
-        ahead = state.global_step == 0 and self._budget() is None and can_read_ahead(self.base, dataloader)
-        if first == 0 and not clustered and not ahead:
+        if first == 0 and not ahead and not self._has_clusters():
             raise ValueError(
                 "warmup=0 is not allowed for a model without clusters, except with cse_routing='evidence' or 'given', "
                 "training data with a length, and no layer_budget: fit them first (fit_experts), or let the model "
@@ -377,6 +363,11 @@ class ClusterExpertsCallback(TrainerCallback):
         if folder is not None:
             load_state(folder, rank(), state.global_step, self.memory, self._sampler.stores, self.base)
             check_sums(folder)
+
+
+def _step_sequences(args: TrainingArguments) -> int:
+    """Sequences of an optimizer step, over all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * world_size()
 
 
 def _is_count(value: object, least: int) -> bool:

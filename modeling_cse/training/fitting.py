@@ -26,9 +26,9 @@ from ..clustering import (
     nearest_clusters,
     write_fit,
 )
-from ..clustering.settings import GIVEN, TEXT
 from ..dispatch_cse import RoutedModule, Site
 from ..routing_cse import ClusterRouter
+from .checking import check_algorithm, is_joint
 from .collecting import (
     FeatureCollector,
     read_batches_of,
@@ -109,11 +109,6 @@ def fit_layers(
     return metrics, {site: fit.ownership.filled for site, fit in fits.items()}
 
 
-def is_joint(base: nn.Module, settings: ClusterSettings) -> bool:
-    """Whether all sites share one clustering of the texts."""
-    return settings.algorithm == TEXT or base.config.cse_routing == "evidence"
-
-
 def fit_joint(
     base: nn.Module, features: dict[Site, RoutingFeatures | None], settings: ClusterSettings, memory: ClusterMemory
 ) -> JointFit:
@@ -128,10 +123,11 @@ def fit_joint(
         raise ValueError("no sequence reached a router: there is nothing to cluster.")
     module = base.routed_modules()[site]
     identities = memory.texts or identities_of_texts(base, module.router, sample)
+    ids = sample.ids.numpy()
     fit = fit_texts(
-        sample.ids.numpy(),
+        ids,
         sample.labels.numpy(),
-        held_out(len(sample)),
+        held_out(len(sample), ids),
         settings,
         identities,
         vocab_size=base.config.vocab_size,
@@ -139,7 +135,7 @@ def fit_joint(
         max_clusters=module.router.max_clusters,
     )
     if base.config.cse_routing == "evidence":
-        fit.metrics.update(evidence_agreement(fit, sample.ids.numpy()))
+        fit.metrics.update(evidence_agreement(fit, ids))
     return fit
 
 
@@ -199,20 +195,6 @@ def _tell_of_owners(site: Site, fit: LayerFit, settings: ClusterSettings) -> Non
         )
     if ownership.absent:
         logger.info(f"{site}: the clusters of experts {ownership.absent} were not found; their experts are kept.")
-
-
-def check_algorithm(base: nn.Module, settings: ClusterSettings) -> None:
-    """
-    Whether routes can be read from clusters that are found so.
-
-    Raises:
-        ValueError: evidence, of clusters that each site finds for itself.
-    """
-    if base.config.cse_routing == "evidence" and settings.algorithm not in (TEXT, GIVEN):
-        raise ValueError(
-            f"algorithm={settings.algorithm!r} is not allowed with cse_routing='evidence', shared by all sites: "
-            "it must be 'text' or 'given'."
-        )
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ class ClusterMemory:
     """
     Fields:
         fits: fits so far.
+        at_once: whether training began with clusters.
         identities: by site, which clusters own which expert.
         discriminants: by site; kept where centroids move between fits.
         texts: which clusters of texts own which expert, where all sites share them (`fit_texts`).
@@ -40,13 +41,14 @@ class ClusterMemory:
     """
 
     fits: int = 0
+    at_once: bool = False
     identities: dict[Site, Identities] = field(default_factory=dict)
     discriminants: dict[Site, Discriminant] = field(default_factory=dict)
     texts: Identities | None = None
     warmup: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything but the number of fits, as named tensors."""
+        """All that is not a single number, as named tensors."""
         named = {f"warmup.{name}": tensor.contiguous() for name, tensor in self.warmup.items()}
         for kind, members in (("identities", self.identities), ("discriminants", self.discriminants)):
             for site, member in members.items():
@@ -90,6 +92,7 @@ def save_state(
         "step": str(step),
         "ranks": str(world_size()),
         "fits": str(memory.fits),
+        "at_once": json.dumps(memory.at_once),
         "seen": json.dumps({str(site): store.seen for site, store in stores.items()}),
         "passes": json.dumps({str(site): store.passes for site, store in stores.items()}),
         "shapes": json.dumps(_shapes(base)),
@@ -131,6 +134,7 @@ def load_state(
         )
     named = load_file(path)
     memory.fits = int(metadata["fits"])
+    memory.at_once = json.loads(metadata.get("at_once", "false"))  # release 0.1.0 did not say
     memory.load(named)
     seen, passes = json.loads(metadata["seen"]), json.loads(metadata["passes"])
     for site, store in stores.items():

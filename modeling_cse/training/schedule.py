@@ -2,10 +2,11 @@
 """When clusters are fitted: at the end of the dense warm-up, and again at even or growing intervals."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 UPDATES = ("recluster", "recluster+ema", "ema", "frozen")
+WARMUP = 0.1
 
 
 @dataclass
@@ -14,14 +15,15 @@ class FitSchedule:
     What a user may say about the times of fits, checked when made.
 
     Fields:
-        warmup: dense steps (int), share of training (float below 1), or "auto" (`training.consistency`).
+        warmup: dense steps (int), share of training (float below 1), or "auto" (`training.consistency`). None: see
+            `resolve`.
         recluster_every: from the first fit to the second, steps (int) or share of training (float below 1).
         recluster_growth: each interval is so many times the one before, at least 1.
         recluster_until: no fit after this step (int) or share of training (float); None: until the end.
         update: one of `UPDATES`.
     """
 
-    warmup: int | float | str = 0.1
+    warmup: int | float | str | None = None
     recluster_every: int | float = 0.1
     recluster_growth: float = 1.0
     recluster_until: int | float | None = None
@@ -30,8 +32,8 @@ class FitSchedule:
     def __post_init__(self):
         if self.update not in UPDATES:
             raise ValueError(f"update={self.update!r} is not allowed: it must be one of {list(UPDATES)}.")
-        if self.warmup != "auto":
-            _check_time("warmup", self.warmup, "'auto', ")
+        if self.warmup not in ("auto", None):
+            _check_time("warmup", self.warmup, "None, 'auto', ")
         _check_time("recluster_every", self.recluster_every, least=1)
         growth = self.recluster_growth
         if isinstance(growth, bool) or not isinstance(growth, int | float) or not 1 <= growth < math.inf:
@@ -54,9 +56,13 @@ class FitSchedule:
         """Whether centroids follow their members between fits."""
         return self.update.endswith("ema")
 
+    def resolve(self, at_once: bool) -> "FitSchedule":
+        """With a warm-up where none was named: no steps if training begins with clusters, otherwise a tenth."""
+        return self if self.warmup is not None else replace(self, warmup=0 if at_once else WARMUP)
+
     def first_fit(self, max_steps: int) -> int | None:
-        """The step at whose end the warm-up is over; None with "auto"."""
-        return None if isinstance(self.warmup, str) else as_step(self.warmup, max_steps)
+        """The step at whose end the warm-up is over; None with "auto", and before `resolve`."""
+        return as_step(self.warmup, max_steps) if isinstance(self.warmup, int | float) else None
 
     def next_fit(self, first: int, step: int, max_steps: int) -> int | None:
         """

@@ -58,7 +58,7 @@ def from_dense(
     """
     Makes a CSE model of a dense GPT-2 or BERT: takes over its weights, finds clusters in `data`, and switches the
     experts on. No logit changes by it (`cse_combine="add"`: to the bit; `"replace"`: but for rounding), and a Trainer
-    goes on from there, with `ClusterExpertsCallback(warmup=0)` to keep the clusters up to date.
+    goes on from there, with `ClusterExpertsCallback()` to keep the clusters up to date.
 
     The head is the checkpoint's. Only the sequences that are clustered are held in memory, and the dense model a
     second time while its weights are copied.

@@ -117,3 +117,14 @@ def test_a_domain_keeps_the_base_no_longer_for_its_size():
         owners[common_by] = [float(owned[domains == domain].mean()) for domain in range(3)]
     assert owners["separation"] == [0, 1, 1] and owners["size"][0] > 0 and min(owners["size"][1:]) == 0
     assert found.metrics["separation"] > 0.2
+
+
+def test_copies_of_a_text_lie_on_one_side():
+    """Of what training has read after it was read ahead, or in two epochs."""
+    ids = np.arange(40).reshape(20, 2)
+    np.testing.assert_array_equal(held_out(20, ids), held_out(20))
+    first, copy = int(np.flatnonzero(held_out(20))[0]), int(np.flatnonzero(held_out(20))[1])
+    ids[copy], ids[copy + 1] = ids[0], ids[first]
+    held = held_out(20, ids)
+    assert not held[0] and not held[copy] and held[first] and held[copy + 1]
+    assert held.sum() == held_out(20).sum()

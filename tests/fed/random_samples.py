@@ -13,7 +13,7 @@ from modeling_cse.clustering import RoutingFeatures
 NOT_AN_INT = [-1, 2.5, True, "4", [4], float("nan")]
 # By argument of `ClusterExpertsCallback`: what is allowed beside some of the others, and what never is.
 ARGUMENTS: dict[str, tuple[list, list]] = {
-    "warmup": ([0.1, 4, 0, "auto", 0.999, 2**70], [-1, 1.5, 0.0, 1.0, "soon", None, True, float("nan"), [4]]),
+    "warmup": ([None, 0.1, 4, 0, "auto", 0.999, 2**70], [-1, 1.5, 0.0, 1.0, "soon", True, float("nan"), [4]]),
     "recluster_every": ([0.1, 500, 1, 2**70], [*NOT_AN_INT, 0, 0.0, 1.0, None, float("inf")]),
     "update": (["recluster", "ema", "recluster+ema", "frozen"], ["never", "", None, 1, ["ema"]]),
     "algorithm": (["kmeans", "spherical", "dbscan", "hdbscan", "given", None], ["means", "", 3, ["kmeans"]]),

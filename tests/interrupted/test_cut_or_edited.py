@@ -175,6 +175,13 @@ def test_a_clustering_state_from_elsewhere_is_told(place, complaint):
         train(place.parent, str(place))
 
 
+def test_a_clustering_state_of_the_first_release_is_taken_up(place, whole):
+    """It did not say whether training began with clusters."""
+    (place / SUMS).unlink()
+    with_metadata(place / CLUSTERS, lambda tensors, said: said.pop("at_once"))
+    assert history(train(place.parent, str(place))) == history(whole[1])
+
+
 def first(tensors: dict, kind: str) -> str:
     return next(name for name in sorted(tensors) if name.startswith(kind))
 

@@ -144,6 +144,8 @@ def test_layers_are_numbers_or_auto(tmp_path):
         ("projection: none\n", "projection", None),
         ("projection: 16\n", "projection", 16),
         ("warmup: auto\n", "warmup", "auto"),
+        ("warmup: 0\n", "warmup", 0),
+        ("", "warmup", None),
         ("recluster_until: '0.8'\n", "recluster_until", 0.8),
         ("recluster_until: '80'\n", "recluster_until", 80),
         ("control: oracle\nnum_clusters: 4\nupdate: ema\n", "algorithm", "given"),

@@ -1,6 +1,6 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""Promises of a run without warm-up: clusters are found on text to come, nothing else changes, and it says where that
-cannot be."""
+"""Promises of text that is read ahead: clusters are found on it where training has read too little or nothing, nothing
+else changes, and a run without a warm-up says where that cannot be."""
 
 import random
 import shutil
@@ -45,21 +45,42 @@ def test_clusters_are_there_before_the_first_step(tmp_path):
     assert trainer.model.training, "the mode of training"
 
 
-def test_the_next_fit_is_not_left_with_what_came_since(tmp_path, monkeypatch):
-    samples = []
+@pytest.fixture
+def samples(monkeypatch) -> list:
+    """What the fits of a run look at."""
+    noted = []
+    monkeypatch.setattr(module, "gather_features", lambda *args: noted.append(gather_features(*args)) or noted[-1])
+    return noted
 
-    def noted(*args):
-        samples.append(gather_features(*args))
-        return samples[-1]
 
-    monkeypatch.setattr(module, "gather_features", noted)
+def texts(samples: list) -> list[torch.Tensor]:
+    return [next(iter(sample.values())).ids for sample in samples]
+
+
+def test_the_next_fit_is_not_left_with_what_came_since(tmp_path, samples):
     train(tmp_path, callback(recluster_every=2), model=evidence_model(), data=DATA, max_steps=7)
-    ids = [next(iter(sample.values())).ids for sample in samples]
+    ids = texts(samples)
     assert [len(each) for each in ids] == [32] * 4, "fits before step 1, and after steps 2, 4 and 6"
     assert torch.equal(ids[1][:16], ids[0][16:]) and not torch.equal(ids[1][16:], ids[0][16:])
     seen = [tuple(row["input_ids"].tolist()) for row in DATA]
     drawn = [seen.index(tuple(text)) for text in ids[0].tolist()]
     assert len(set(drawn)) == 32 and drawn != sorted(drawn)
+
+
+@pytest.mark.parametrize(("warmup", "ahead"), [(1, 24), (3, 8), (4, 0), (5, 0)])
+def test_what_a_short_warm_up_has_read_is_filled_up(tmp_path, samples, warmup, ahead):
+    """Of 32 sequences; a step reads eight."""
+    train(tmp_path, callback(warmup=warmup, update="frozen"), model=evidence_model(), data=DATA, max_steps=7)
+    (ids,) = texts(samples)
+    drawn = np.random.default_rng(0).permutation(len(DATA))[:ahead]
+    assert len(ids) == 32 and ids[:ahead].tolist() == [DATA[row]["input_ids"].tolist() for row in drawn]
+
+
+@pytest.mark.parametrize(("flags", "changes"), [({}, {"layer_budget": 1}), ({"cse_routing": "discriminant"}, {})])
+def test_states_of_an_untrained_model_fill_nothing_up(tmp_path, samples, flags, changes):
+    model = tiny_model("gpt2", **{"cse_routing": "evidence", **flags})
+    train(tmp_path, callback(warmup=2, update="frozen", **changes), model=model, data=DATA)
+    assert len(next(iter(samples[0].values()))) == 16
 
 
 def test_labels_of_the_data_are_taken_as_they_are(tmp_path):

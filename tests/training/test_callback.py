@@ -18,7 +18,6 @@ WRONG = [
     ("warmup", "0.1"),
     ("warmup", True),
     ("warmup", float("nan")),
-    ("warmup", None),
     ("recluster_every", 0),
     ("recluster_every", 2.5),
     ("recluster_every", True),

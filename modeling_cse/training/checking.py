@@ -1,0 +1,66 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Whether clusters that are found so suit a model: said at the start, where it would fail at the first fit."""
+
+from torch import nn
+
+from ..clustering import ClusterSettings
+from ..clustering.settings import GIVEN, TEXT
+from .schedule import FitSchedule
+
+
+def is_joint(base: nn.Module, settings: ClusterSettings) -> bool:
+    """Whether all sites share one clustering of the texts."""
+    return settings.algorithm == TEXT or base.config.cse_routing == "evidence"
+
+
+def check_algorithm(base: nn.Module, settings: ClusterSettings) -> None:
+    """
+    Whether routes can be read from clusters that are found so.
+
+    Raises:
+        ValueError: evidence, of clusters that each site finds for itself.
+    """
+    if base.config.cse_routing == "evidence" and settings.algorithm not in (TEXT, GIVEN):
+        raise ValueError(
+            f"algorithm={settings.algorithm!r} is not allowed with cse_routing='evidence', shared by all sites: "
+            "it must be 'text' or 'given'."
+        )
+
+
+def check_model(base: nn.Module, settings: ClusterSettings, schedule: FitSchedule) -> None:
+    """
+    Whether a training may keep the clusters of a model so.
+
+    Args:
+        base: a CSE base model.
+        settings: resolved for its routing.
+        schedule: of the fits.
+
+    Raises:
+        ValueError: a quantised base, more clusters than the routers hold, or what does not go with the routing.
+    """
+    modules = list(base.routed_modules().values())
+    for module in modules:
+        module.check_base()
+    most = min(module.router.max_clusters for module in modules)
+    asked, routing = settings.cluster_range, base.config.cse_routing
+    if asked is not None and asked[0] > most:
+        raise ValueError(
+            f"num_clusters={settings.num_clusters} is not allowed: the routers of this model hold at most "
+            f"cse_max_clusters={most}."
+        )
+    if routing == "given" and settings.algorithm != GIVEN:
+        raise ValueError(
+            f"algorithm={settings.algorithm!r} is not allowed with cse_routing='given': clusters come with the batch, "
+            "so it must be 'given'."
+        )
+    check_algorithm(base, settings)
+    if schedule.moves and is_joint(base, settings):
+        raise ValueError(
+            f"update={schedule.update!r} is not allowed with algorithm={settings.algorithm!r} and "
+            f"cse_routing={routing!r}: clusters of texts do not drift, so it must be 'recluster' or 'frozen'."
+        )
+    if routing == "given" and schedule.update != "frozen":
+        raise ValueError(
+            f"update={schedule.update!r} is not allowed with cse_routing='given': labels stay, so it must be 'frozen'."
+        )
