@@ -9,13 +9,13 @@ Fine-tune the expert of a domain alone, by LoRA: all other text stays as it is.
 
 Prints perplexity by domain before and after, and leaves the adapter in runs/peft; after `make quickstart`:
 
-    expert 2 answers 68% of the tokens of medical text
-    before:  general 114.85  legal 101.59  medical 152.79
-    after:  general 114.86  legal 101.61  medical 150.72
+    expert 2 answers 69% of the tokens of medical text
+    before:  general 114.80  legal 101.34  medical 152.86
+    after:  general 114.82  legal 101.35  medical 150.74
 
 The model has read this text before; new text has more to give. The adapters of the other experts stay zero. Trained
 with this one, they would move too: Adam makes full steps of the few medical tokens that stray to the expert of law,
-and legal text would end at 136 (learning rate 2e-3).
+and legal text ended at 136 when it was tried (learning rate 2e-3).
 """
 
 import argparse

@@ -9,7 +9,7 @@ What is each expert for? Its share of the text, known domains, telling words and
 
 Prints, after `make quickstart`, among others:
 
-    expert 1      9% of the texts: legal 100%
+    expert 0      9% of the texts: legal 100%
         court, case, trial, see, mexico, section, evidence, defendant, state, was
         at 904; see also Loder v. Municipal Court, 17 Cal.3d 859, 132 Cal.Rptr. 464, 476-77, 553 P.2d 624, ...
     expert 2      7% of the texts: medical 97%, general 3%

@@ -8,10 +8,10 @@ Write on from a prompt, and see which expert each token asks.
     python examples/serve_with_pipeline.py --smoke
 
 Prints the text and under it the experts of its tokens, `.` where the common layers answer alone; in the small model of
-`make quickstart` expert 1 is that of law:
+`make quickstart` expert 0 is that of law:
 
     The court held that that it had been not on the ...
-    experts: . 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 ...
+    experts: . 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 ...
 """
 
 import torch
