@@ -176,7 +176,7 @@ def test_it_goes_on_from_a_dense_checkpoint(tmp_path, gpt2_run):
     [
         ({"text_column": "body"}, "body"),
         ({"num_clusters": 40, "sample_size": 64}, "cse_max_clusters"),
-        ({"num_clusters": 12, "sample_size": 12, "warmup": 2}, "num_clusters=12"),
+        ({"num_clusters": 12, "sample_size": 12, "warmup": 2, "cse_routing": "discriminant"}, "num_clusters=12"),
         ({"block_size": 65}, "block_size=65"),
         ({"tokenizer_vocab_size": None}, "tokenizer_name"),
         ({"model_type": "gpt_neo"}, "gpt_neo"),
