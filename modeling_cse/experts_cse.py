@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from .routing_cse import shapes_may_depend_on_data
-from .sharding_cse import write_slot
+from .sharding_cse import whole, write_slot
 
 
 def _autocast_dtype(states: torch.Tensor) -> torch.dtype | None:
@@ -38,7 +38,8 @@ class FusedExperts(nn.Module):
     What all experts share. Parameters are fused: their first dimension is the slot.
 
     A slot is written when a cluster takes it (`fill`), in a way that changes no logit: as a copy of the base
-    (`cse_combine="replace"`), or with a zero output (`"add"`).
+    (`cse_combine="replace"`), or with a zero output (`"add"`). That of a cluster that split off from another one's
+    expert is a copy of it (`read`, `write`).
     """
 
     _some_experts_elsewhere = False  # whether expert parallelism has left this process a part of the slots
@@ -80,6 +81,16 @@ class FusedExperts(nn.Module):
         tensors = self.fresh_slot(generator)
         if self.combine == "replace":
             self.lay_base(base, tensors)
+        self.write(slot, tensors)
+
+    @torch.no_grad()
+    def read(self, slot: int) -> dict[str, torch.Tensor]:
+        """A copy of a slot's weights, by the names of the fused tensors. Every process must call it."""
+        return {name: whole(parameter.detach())[slot].clone() for name, parameter in self.named_parameters()}
+
+    @torch.no_grad()
+    def write(self, slot: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Writes what `read` gave, or another's weights of the same shapes."""
         for name, parameter in self.named_parameters():
             write_slot(parameter, slot, tensors[name])
 

@@ -246,12 +246,19 @@ def nearest_clusters(router: ClusterRouter, embeddings: torch.Tensor) -> np.ndar
 
 
 def write_fit(module: RoutedModule, fit: LayerFit, settings: ClusterSettings, fit_number: int, site: Site) -> None:
-    """Starts the experts that changed hands, then writes the router's buffers. The weights of fresh experts depend on
-    seed, fit and site alone, so that every rank and every resumed run draws the same."""
+    """Starts the experts that changed hands, as copies of their parents or from the base, then writes the router's
+    buffers. The weights of fresh experts depend on seed, fit and site alone, so that every rank and every resumed run
+    draws the same."""
     place = (site.layer,) if site.module == "ffn" else (site.layer, 1)
     generator = torch.Generator().manual_seed(hash_seed(settings.seed, fit_number, *place))
-    for slot in fit.ownership.filled:
-        module.fill_expert(slot, generator)
+    ownership = fit.ownership
+    # all are read before one is written: a parent's slot may change hands too
+    inherited = {slot: module.experts.read(parent) for slot, parent in ownership.parents.items()}
+    for slot in ownership.filled:
+        if slot in inherited:
+            module.experts.write(slot, inherited[slot])
+        else:
+            module.fill_expert(slot, generator)
     module.router.write(**fit.router_state())
 
 

@@ -75,7 +75,7 @@ def fit_texts(
     held = held & np.isin(labels, labels[~held])
     evidence = Evidence.fit(ids, labels, clustering.shares, vocab_size, held)
     apart = separations(ids, labels, len(clustering), vocab_size) if settings.common_by == SEPARATION else None
-    before = Evidence(identities.centroids.T, identities.radii)
+    before = Evidence(identities.centroids.T, identities.radii).of_texts(ids)
     ownership = assign_experts(
         identities,
         evidence.table.T,
@@ -84,11 +84,14 @@ def fit_texts(
         common_share=cast(float | str, settings.common_share),
         num_experts=num_experts,
         patience=settings.patience,
-        matched=match_texts(before.of_texts(ids), len(identities), labels, len(clustering)),
+        matched=match_texts(before, len(identities), labels, len(clustering)),
         separations=apart,
     )
+    then = np.append(identities.experts, -1)[before]
+    ownership.parents = parents_of(ownership, labels, then)
     fit = JointFit(labels, clustering, ownership, evidence)
     fit.metrics = {
+        "inherited": len(ownership.parents),
         "text_clarity": clustering.clarity,
         "smoothing": evidence.smoothing,
         "temper": evidence.temper,
@@ -99,10 +102,31 @@ def fit_texts(
     if clustering.silhouette is not None:
         fit.metrics["silhouette"] = clustering.silhouette
     if len(identities):
-        then = np.append(identities.experts, -1)[before.of_texts(ids)]
         now = np.append(ownership.experts, -1)[evidence.of_texts(ids)]
         fit.metrics["churn"] = float((then != now).mean())
     return fit
+
+
+def parents_of(ownership: Ownership, labels: np.ndarray, then: np.ndarray) -> dict[int, int]:
+    """
+    Which experts have served the texts of clusters that get an expert only now: a domain that falls into two clusters
+    would lose, for the half that begins anew, all that its expert has learned.
+
+    Args:
+        ownership: of the new clusters.
+        labels: (N,) the new cluster of each text, -1 for none.
+        then: (N,) the expert of each text before this fit, -1 for none.
+
+    Returns:
+        Filled slots, and the slot that served more than half of their texts.
+    """
+    now, parents = np.append(ownership.experts, -1)[labels], {}
+    for slot in ownership.filled:
+        served = then[now == slot]
+        counts = np.bincount(served[served >= 0], minlength=1)
+        if counts.max() > len(served) / 2:
+            parents[slot] = int(counts.argmax())
+    return parents
 
 
 def match_texts(old_labels: np.ndarray, old: int, labels: np.ndarray, new: int) -> np.ndarray:

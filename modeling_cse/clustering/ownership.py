@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Which cluster owns which expert, and how it stays so from one fit to the next."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
@@ -44,7 +44,8 @@ class Ownership:
     """The outcome of a fit: `experts` (K,) int64, the slot of each cluster or -1; `filled`, slots that changed hands
     and must start anew; `unserved`, long-tail clusters for which no slot was free; `identities` for the next fit;
     `absent`, slots of owners that were not found, and are waited for; `released`, slots of which the owner was absent
-    or common too often, whoever has them now."""
+    or common too often, whoever has them now; `parents`, of filled slots whose cluster split off from another one's
+    expert, the slot of that expert (clusters of texts)."""
 
     experts: np.ndarray
     filled: list[int]
@@ -52,6 +53,7 @@ class Ownership:
     identities: Identities
     absent: list[int]
     released: list[int]
+    parents: dict[int, int] = field(default_factory=dict)
 
 
 def long_tail(shares: np.ndarray, common_share: float | str, separations: np.ndarray | None = None) -> np.ndarray:

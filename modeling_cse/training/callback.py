@@ -74,7 +74,8 @@ class ClusterExpertsCallback(TrainerCallback):
 
     Metrics go to `state.log_history`, and with `callback.attach(trainer)` through `Trainer.log` to every integration:
     `cse/layer_<i>/<module>/{clusters, experts, share_routed, churn, clarity, agreement, unserved, absent, released,
-    largest_share}`, `cse/seconds`, and `cse/gradient_consistency` during an automatic warm-up. A cluster that loses
+    largest_share}`, of clusters of texts `inherited` too (experts that begin as copies of the one that has served most
+    of their texts), `cse/seconds`, and `cse/gradient_consistency` during an automatic warm-up. A cluster that loses
     its expert, and a fit that finds one cluster only, are warned of.
     """
 

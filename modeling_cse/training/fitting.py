@@ -53,7 +53,7 @@ def fit_layers(
     memory: ClusterMemory,
     layer_budget: int | None = None,
     drifting: bool = False,
-) -> tuple[dict[str, float], dict[Site, list[int]]]:
+) -> tuple[dict[str, float], dict[Site, dict[int, int | None]]]:
     """
     Fits every site on features that all ranks share, and writes nothing unless all of them succeed.
 
@@ -66,7 +66,8 @@ def fit_layers(
         drifting: see `fit_layer`.
 
     Returns:
-        Metrics by name, and the expert slots that changed hands, by site.
+        Metrics by name, and the expert slots that changed hands, by site: each with the slot that it begins as a copy
+        of, None if from the base.
 
     Raises:
         ValueError: no sequence was sampled, or see `fit_layer`.
@@ -106,7 +107,8 @@ def fit_layers(
             base.evidence_router.write(table, shares)
     memory.fits += 1
     metrics["cse/seconds"] = time.perf_counter() - start
-    return metrics, {site: fit.ownership.filled for site, fit in fits.items()}
+    owners = {site: fit.ownership for site, fit in fits.items()}
+    return metrics, {site: {slot: own.parents.get(slot) for slot in own.filled} for site, own in owners.items()}
 
 
 def fit_joint(

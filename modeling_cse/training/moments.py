@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """What an optimizer remembers of expert slots: at their start, and while no cluster routes to them."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -19,9 +20,11 @@ SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
 
 
 @torch.no_grad()
-def start_moments(optimizer: torch.optim.Optimizer, module: RoutedModule, slots: list[int]) -> None:
+def start_moments(
+    optimizer: torch.optim.Optimizer, module: RoutedModule, slots: Mapping[int, int | None]
+) -> None:
     """
-    Gives expert slots that start anew the moments of the base.
+    Gives expert slots that start anew the moments of the base, and copies of an expert those of that expert.
 
     A copy of the base (`"replace"`) takes over the base's moments, so that its next step is the one that the base
     would have made. A fresh expert (`"add"`) has no past; its second moments start at the mean of those of the base's
@@ -33,7 +36,7 @@ def start_moments(optimizer: torch.optim.Optimizer, module: RoutedModule, slots:
     Args:
         optimizer: of the run.
         module: whose experts start.
-        slots: the expert slots that changed hands.
+        slots: the expert slots that changed hands, each with the slot of which it is a copy, None for the base.
     """
     if slots and has_copies(module):
         _start_in_zero(module, slots)
@@ -48,20 +51,23 @@ def start_moments(optimizer: torch.optim.Optimizer, module: RoutedModule, slots:
         start = _start_of_slot(module, name, base)
         for key, parameter in module.experts.named_parameters():
             state = optimizer.state[parameter][name]
-            for slot in slots:
-                write_slot(state, slot, start[key])
+            before = whole(state).clone() if any(parent is not None for parent in slots.values()) else state
+            for slot, parent in slots.items():
+                write_slot(state, slot, start[key] if parent is None else before[parent])
 
 
 def _whole_state(optimizer: torch.optim.Optimizer, name: str, parameter: nn.Parameter) -> torch.Tensor:
     return whole(optimizer.state[parameter][name])
 
 
-def _start_in_zero(module: RoutedModule, slots: list[int]) -> None:
-    write_copies(module, slots)
+def _start_in_zero(module: RoutedModule, slots: Mapping[int, int | None]) -> None:
+    write_copies(module, list(slots))
     for name in MOMENTS:
         start = _start_of_slot(module, name, module.base_weights(of=partial(moments_of, name=name)))
         for key, parameter in module.experts.named_parameters():
-            write_moments(parameter, name, slots, start[key])
+            before = moments_of(parameter, name)
+            values = [start[key] if parent is None else before[parent].to(start[key]) for parent in slots.values()]
+            write_moments(parameter, name, list(slots), torch.stack(values))
 
 
 def _start_of_slot(module: RoutedModule, name: str, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

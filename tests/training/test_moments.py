@@ -38,7 +38,7 @@ def test_copies_take_over_the_moments_of_the_base(family, module):
     name, fused, transposed = BASE[family, module]
     base, expert = routed.get_parameter(name), dict(routed.experts.named_parameters())[fused]
     assert not optimizer.state.get(expert)
-    start_moments(optimizer, routed, [1, 2])
+    start_moments(optimizer, routed, {1: None, 2: None})
     for moment in ("exp_avg", "exp_avg_sq"):
         wanted, state = optimizer.state[base][moment], optimizer.state[expert][moment]
         assert torch.equal(state[1], wanted.T if transposed else wanted) and torch.equal(state[1], state[2])
@@ -54,7 +54,7 @@ def test_copies_make_the_step_that_the_base_would_have_made():
         state = {name: rows[:1] for name, rows in module.router.empty_state().items()}
         module.router.write(**{**state, "cluster_sizes": torch.ones(1), "cluster_expert": torch.tensor([3])})
         module.fill_expert(3, torch.Generator().manual_seed(0))
-        start_moments(optimizers[1], module, [3])
+        start_moments(optimizers[1], module, {3: None})
     for step in range(4):
         losses, ids = [], token_ids(seed=10 + step)
         for each, optimizer in zip((dense, model), optimizers, strict=True):
@@ -74,7 +74,7 @@ def test_fresh_experts_start_with_second_moments_of_the_base_s_size(module):
     optimizer, routed = stepped(model, amsgrad=True), routed_module(model, 1, module)
     name, fused, _ = BASE["gpt2", module]
     base, expert = routed.get_parameter(name), dict(routed.experts.named_parameters())[fused]
-    start_moments(optimizer, routed, [0])
+    start_moments(optimizer, routed, {0: None})
     assert not optimizer.state[expert]["exp_avg"].any()
     for moment in ("exp_avg_sq", "max_exp_avg_sq"):
         mean = optimizer.state[base][moment].mean()
@@ -85,7 +85,7 @@ def test_fresh_experts_start_with_second_moments_of_the_base_s_size(module):
 def test_optimizers_without_such_moments_start_by_themselves(optimizer_class):
     model = tiny_model("gpt2")
     optimizer = stepped(model, optimizer_class)
-    start_moments(optimizer, routed_module(model, 2), [0])
+    start_moments(optimizer, routed_module(model, 2), {0: None})
     assert not optimizer.state.get(routed_module(model, 2).experts.up_proj)
 
 

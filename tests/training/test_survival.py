@@ -70,7 +70,7 @@ def test_a_domain_that_comes_back_in_time_has_its_own_expert_again():
     before = life.experts
     life.fit(60, 30)
     life.fit(50, 30, 20)
-    assert life.experts == before and life.filled == {SITE: []}
+    assert life.experts == before and life.filled == {SITE: {}}
 
 
 def test_a_late_domain_gets_a_free_expert_and_others_keep_theirs():
@@ -79,7 +79,7 @@ def test_a_late_domain_gets_a_free_expert_and_others_keep_theirs():
     before = life.experts[:3]
     metrics = life.fit(45, 25, 15, 15)
     assert life.experts[:3] == before and life.experts[3] == 2
-    assert metrics["experts"] == 3 and metrics["unserved"] == 0 and life.filled == {SITE: [2]}
+    assert metrics["experts"] == 3 and metrics["unserved"] == 0 and life.filled == {SITE: {2: None}}
 
 
 def test_a_late_domain_takes_the_expert_of_a_dead_one_and_the_log_says_so(log):
@@ -87,7 +87,7 @@ def test_a_late_domain_takes_the_expert_of_a_dead_one_and_the_log_says_so(log):
     life.fit(50, 30, 20)
     slot = life.experts[2]
     metrics = life.fit(50, 30, 0, 20)
-    assert life.experts[3] == slot and life.filled == {SITE: [slot]} and metrics["released"] == 1
+    assert life.experts[3] == slot and life.filled == {SITE: {slot: None}} and metrics["released"] == 1
     assert log.messages == [
         f"layer_1/ffn: the clusters of experts [{slot}] were absent or common in 1 fits in a row (patience) and lost "
         f"them; [{slot}] start anew for other clusters."
@@ -125,7 +125,7 @@ def test_nothing_is_held_on_to_and_no_number_goes_bad(tmp_path):
     looks = watch.samples[3:-1]  # every one at the same place between two fits, when the same things are alive
     assert np.ptp(looks[:, TENSORS]) <= 30  # idle slots are held aside, if there are any
     assert np.ptp(looks[:, TENSOR_BYTES]) < 0.5 * looks[:, TENSOR_BYTES].min()
-    assert np.ptp(looks[:, OBJECTS]) < 100
+    assert np.ptp(looks[len(looks) // 2 :, OBJECTS]) < 100  # where the process is young, torch still makes its own
     assert all(told[name] > 0 for name in EVENTS if name != "poor agreement")
 
 
