@@ -9,9 +9,9 @@ How well does a model predict each kind of text?
 
 Prints a line a domain, after `make quickstart`:
 
-    general      114.80 perplexity    17085 tokens     6% of them to experts
-    legal        101.34 perplexity    21165 tokens    97% of them to experts
-    medical      152.86 perplexity    20145 tokens    98% of them to experts
+    general      114.83 perplexity    17085 tokens     6% of them to experts
+    legal        101.07 perplexity    21165 tokens    97% of them to experts
+    medical      152.85 perplexity    20145 tokens    98% of them to experts
 """
 
 from pathlib import Path

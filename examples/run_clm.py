@@ -13,9 +13,9 @@ Pretrain a GPT-2 with cluster-guided sparse experts on mixed-domain text.
 The first one ends with a table, a picture and a model card (in fp32; bf16 has given ratios within 0.003):
 
     | validation perplexity | cse | dense | cse / dense |
-    | general | 114.80 | 116.24 | 0.988 |
-    | legal | 101.34 | 113.06 | 0.896 |
-    | medical | 152.86 | 170.55 | 0.896 |
+    | general | 114.83 | 116.24 | 0.988 |
+    | legal | 101.07 | 113.06 | 0.894 |
+    | medical | 152.85 | 170.55 | 0.896 |
     routes:   share of tokens that go to experts  general 5.9%, legal 97.3%, medical 98.2%
 
 Flags are those of transformers' run_clm.py, with the groups "clusters" and "cse_*" added; a recipe (YAML) holds any of
