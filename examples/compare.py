@@ -9,7 +9,8 @@ answers in one page: runs/compare/page.md, with pictures beside it.
     python examples/compare.py --train my.jsonl --validation my_val.jsonl --domain-column domain --seeds 3
     python examples/compare.py --train my.jsonl --smoke
 
-The first one prints, after half an hour on a slow core, beside others:
+The first one prints, after half an hour on a slow core, beside others (seen with version 0.1.0, whose first fit looked
+at what the warm-up had read):
 
     worth it: yes
       The long tail (text with an expert): ratio 0.907, interval 0.896 to 0.919: a gain.
