@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Small Trainer runs, for the tests of the callback."""
 
+import numpy as np
 import torch
 from tiny import tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -26,6 +27,15 @@ def rows(count: int = 64, length: int = 12, seed: int = 0) -> list[dict]:
         ids = torch.randint(0, 30, (length,), generator=generator) + 5 + 31 * domain
         made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
     return made
+
+
+def two_topics(seed: int = 0) -> list[dict]:
+    """64 sequences, of eight in turn five are common, the others of a rare domain; its two topics share most words."""
+    generator = np.random.default_rng(seed)
+    common, rare = np.arange(5, 35), np.arange(36, 46)
+    words = [common, np.append(rare, np.arange(50, 56)), np.append(rare, np.arange(60, 66))]
+    ids = [torch.from_numpy(generator.choice(words[topic], 24)) for topic in np.tile([0, 0, 0, 0, 0, 1, 1, 2], 8)]
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
 
 
 def settings(**changes) -> dict:

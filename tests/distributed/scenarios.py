@@ -8,13 +8,14 @@ folder to what a rank ended with. Launched as a script, it runs some of them in 
 
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from tiny import EVIDENCE, tiny_model
-from tiny_runs import Watcher, history, make_trainer, rows, settings
+from tiny_runs import Watcher, history, make_trainer, rows, settings, two_topics
 
 from benchmarks.ranks import train as measured_run
 from modeling_cse import ClusterExpertsCallback
@@ -50,6 +51,14 @@ class SampleWatcher(ClusterExpertsCallback):
         return metrics
 
 
+class SplittingWatcher(SampleWatcher):
+    """Finds two clusters in the first fit and three in the others, so that one falls in two."""
+
+    def _fit(self, optimizer):
+        self.settings = replace(self.settings, num_clusters=3 if self._has_clusters() else 2)
+        return super()._fit(optimizer)
+
+
 def numbered(made: list[dict]) -> list[dict]:
     """Rows that can be told apart in a sample: their number stands where clusters can be given."""
     return [{**row, "given_clusters": torch.tensor(number)} for number, row in enumerate(made)]
@@ -63,10 +72,21 @@ def masked_labels(made: list[dict]) -> list[dict]:
     return made
 
 
-def run(folder, *, model=None, update="recluster", accumulation=1, data=None, clusters=None, resume=None, **options):
+def run(
+    folder,
+    *,
+    model=None,
+    update="recluster",
+    accumulation=1,
+    data=None,
+    clusters=None,
+    resume=None,
+    callback_class=SampleWatcher,
+    **options,
+):
     """Ten steps of eight rows over all processes, with fits at steps 4, 6 and 8; without dropout."""
     decay = {"ema_decay": 0.9} if "ema" in update else {}
-    callback = SampleWatcher(**settings(update=update, **decay, **(clusters or {})))
+    callback = callback_class(**settings(update=update, **decay, **(clusters or {})))
     watcher = Watcher()
     options = {"learning_rate": 1e-3, "ddp_find_unused_parameters": False, **options}
     if world_size() > 1:
@@ -172,11 +192,17 @@ def by_evidence(folder, start=run, clusters=None, **options):
     """Clusters of texts, read off each rank's own rows. A number in `given_clusters` would be taken for a route."""
     model = tiny_model("gpt2", **EVIDENCE, **BOTH)
     clusters = {"algorithm": "text", "sample_size": 32, **(clusters or {})}
-    return start(folder, model=model, data=rows(length=24), clusters=clusters, **options)
+    return start(folder, model=model, clusters=clusters, **{"data": rows(length=24), **options})
 
 
 def sequential(made: list[dict]) -> dict:
     return {"data": made, "train_sampling_strategy": "sequential"}
+
+
+def split(folder, start=run):
+    """The rare cluster falls in two at the second fit: one half gets a copy of its expert, and of its moments."""
+    options = {"callback_class": SplittingWatcher, **sequential(two_topics())}
+    return by_evidence(folder, start, {"common_by": "size"}, **options)
 
 
 def by_domain() -> list[dict]:
@@ -211,6 +237,8 @@ SCENARIOS = {
     "by_evidence_accumulated": lambda folder: by_evidence(folder, accumulation=2, gradient_checkpointing=True),
     "by_evidence_at_once": lambda folder: by_evidence(folder, clusters=AT_ONCE),
     "sharded_at_once": lambda folder: by_evidence(folder, start=sharded, clusters=AT_ONCE),
+    "split": split,
+    "sharded_split": lambda folder: split(folder, sharded),
     "by_evidence_resumed": lambda folder: resumed(folder, by_evidence, "recluster"),
     "sharded": lambda folder: sharded(
         folder, model=tiny_model("gpt2", **BOTH), eval_strategy="steps", eval_steps=5, per_device_eval_batch_size=4

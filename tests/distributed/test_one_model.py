@@ -9,7 +9,7 @@ from benchmarks.ranks import different_tensors, relative_difference
 
 TOLERANCE = 1e-5
 WITH_TWO = ["measured", "plain", "clipped", "accumulated", "masked", "one_sided", "padded", "automatic", "by_evidence"]
-WITH_TWO += ["by_evidence_accumulated", "by_evidence_at_once"]
+WITH_TWO += ["by_evidence_accumulated", "by_evidence_at_once", "split"]
 CASES = [(name, 2) for name in WITH_TWO] + [(name, 4) for name in ("measured", "plain", "clipped")]
 
 pytestmark = pytest.mark.slow
@@ -53,6 +53,13 @@ def test_evidence_is_that_of_one_process_to_the_bit_at_every_fit(outcome, name):
                 assert torch.equal(ours[key], expected[key]) and expected[key].any()
     shares = [entry.get("cse/layer_1/ffn/share_routed") for entry in one["history"]]
     assert all(0 < share < 1 for share in shares if share is not None) and len(set(shares)) > 1
+
+
+def test_an_expert_is_copied_as_in_one_process(outcome):
+    """Otherwise the tests above would not see it."""
+    for run in (outcome("split"), *outcome("split", 2)):
+        copies = [entry.get("cse/layer_1/ffn/inherited") for entry in run["history"]]
+        assert [number for number in copies if number is not None] == [0, 1, 0]
 
 
 def test_clipping_counts_the_gradient_of_all_ranks(outcome):

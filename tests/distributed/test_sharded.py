@@ -18,6 +18,7 @@ slow = pytest.mark.slow
         ("sharded", "plain"),
         ("sharded_everywhere", "whole_everywhere"),
         ("sharded_at_once", "by_evidence_at_once"),
+        ("sharded_split", "split"),
     ],
 )
 def test_it_is_the_run_with_whole_parameters(outcome, spread, whole):

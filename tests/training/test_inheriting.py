@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_moments import stepped
 from tiny import routed_module, tiny_model
+from tiny_runs import two_topics
 
 from modeling_cse.clustering import ClusterSettings, RoutingFeatures
 from modeling_cse.clustering.fitting import write_fit
@@ -46,15 +47,6 @@ def test_texts_without_a_cluster_make_no_parent():
     assert parents_of(owning(-1, 1, filled=[1]), labels, then) == {}
 
 
-def texts(seed: int = 0) -> torch.Tensor:
-    """Common texts, and a rare domain with two topics that share most of their words: tokens (64, 24)."""
-    generator = np.random.default_rng(seed)
-    topics = np.tile([0, 0, 0, 0, 1, 1, 2, 2], 8)
-    common, rare, own = np.arange(5, 35), np.arange(36, 46), (None, np.arange(50, 56), np.arange(60, 66))
-    words = [common, *(np.concatenate([rare, topic]) for topic in own[1:])]
-    return torch.from_numpy(np.stack([generator.choice(words[topic], 24) for topic in topics])).int()
-
-
 def features(ids: torch.Tensor) -> RoutingFeatures:
     tokens = torch.randn(len(ids), 8, 32, generator=torch.Generator().manual_seed(0))
     return RoutingFeatures(tokens.mean(1), tokens, torch.arange(8).expand(len(ids), 8), ids=ids)
@@ -70,7 +62,7 @@ def fit(model, memory: ClusterMemory, clusters: int, ids: torch.Tensor):
 def test_the_half_that_splits_off_begins_as_a_copy(combine):
     """No logit changes by it where the gate is hard."""
     model = tiny_model("gpt2", cse_routing="evidence", cse_combine=combine, cse_gate="hard")
-    memory, ids = ClusterMemory(), texts()
+    memory, ids = ClusterMemory(), torch.stack([row["input_ids"] for row in two_topics()]).int()
     metrics, filled = fit(model, memory, 2, ids)
     assert filled[SITE] == {0: None} and metrics["cse/layer_1/ffn/inherited"] == 0
     experts = routed_module(model, 1).experts
