@@ -1,14 +1,16 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """
-The domain stage: a finished model trained further on the text of one long-tail domain alone, the same blocks that are
-in its mixture, for several epochs, with a fresh optimizer and schedule.
+The domain stage: a finished model trained further on the text of one long-tail domain alone, the same blocks that it
+was trained on in its mixture, for several epochs, with a fresh optimizer and schedule.
 
 The domain's validation loss is measured at fixed intervals. Two models come out, each in a run folder of its own: the
 best on validation (`<arm>-<seed>`, stopped early without a limit of patience) and the last (`<arm>_last-<seed>`). Both
 are measured on all domains, which shows what was forgotten.
 """
 
+import json
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,16 @@ from blocks import held_out_blocks, training_blocks
 from corpus import Corpus
 from datasets import Dataset
 from records import evaluate, open_folder, write_result
+from torch import nn
 from trainer import ExpertRatesTrainer, Stopwatch
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, default_data_collator, set_seed
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
 from modeling_cse.runs.folder import JsonLinesCallback
 from modeling_cse.training import last_complete_checkpoint
@@ -54,7 +64,8 @@ def train_stage(
     start = folder.with_name(f"{arm.start}-{seed}")
     if not (start / "result.json").is_file():
         raise ValueError(f"start={arm.start!r} is not allowed yet: {str(start)!r} holds no finished run.")
-    train_rows, held_out = (_of_domain(blocks, arm.domain) for blocks in (corpus.train, corpus.validation))
+    seen = corpus.train.select(rows_read(start, len(corpus.train)))
+    train_rows, held_out = (_of_domain(blocks, arm.domain) for blocks in (seen, corpus.validation))
     open_folder(folder, settings)
     model = _read_model(start / "model", arm, settings["size"])
     stopwatch = Stopwatch(folder / "seconds.jsonl")
@@ -75,7 +86,7 @@ def train_stage(
         return None
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     common = {"seed": seed, "parameters": count_parameters(model), "seconds": round(stopwatch.seconds, 1)}
-    common |= {"resumed": checkpoint is not None, "validation_loss_by_step": losses}
+    common |= {"resumed": checkpoint is not None, "blocks": len(train_rows), "validation_loss_by_step": losses}
     last = folder.with_name(f"{arm.name}_last-{seed}")
     last_step, best_step = trainer.state.global_step, trainer.state.best_global_step
     last.mkdir(parents=True, exist_ok=True)
@@ -87,6 +98,35 @@ def train_stage(
         record |= evaluate(kept, arm, corpus, place, seed, args.bf16)
         written = write_result(place, record)
     return written
+
+
+def rows_read(run: Path, rows: int) -> list[int]:
+    """
+    Which of its rows a run of the benchmark was trained on, in ascending order: all of them after an epoch, otherwise
+    those that a Trainer of its seed and batches draws first.
+
+    Args:
+        run: folder of the run.
+        rows: how many rows its training data have.
+    """
+    settings = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    options = {**settings["size"]["training"], **settings["arm"]["training"]}
+    steps = settings["steps"] or options.get("max_steps", -1)
+    if steps < 0:
+        return list(range(rows))
+    batches = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    args = TrainingArguments(
+        output_dir=str(run / "checkpoints"),
+        seed=settings["seed"],
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        **{name: options[name] for name in batches if name in options},
+    )
+    numbered = Dataset.from_dict({"row": range(rows)})
+    trainer = Trainer(nn.Identity(), args, train_dataset=numbered, data_collator=default_data_collator)
+    drawn = islice(trainer.get_train_dataloader(), steps * args.gradient_accumulation_steps)
+    return sorted(row for batch in drawn for row in batch["row"].tolist())
 
 
 def _of_domain(blocks: Dataset, domain: str) -> Dataset:

@@ -3,7 +3,8 @@
 
     python examples/longtail_benchmark/work.py runs/longtail/queue.txt
 
-A line of the list is what one calls train.py with: `--arm cse --seed 0`. A worker takes the first line that is neither
+A line of the list is what one calls train.py with: `--arm cse --seed 0`; or another script of this folder by name,
+and what it is called with: `tasks.py --model ...`. A worker takes the first line that is neither
 done nor in work. A run that was killed goes on from its last checkpoint when its line is taken again. Lines may be
 added, or moved, while workers run; `--follow` waits for more instead of ending.
 """
@@ -25,6 +26,13 @@ def read_lines(path: Path) -> list[str]:
     """The runs of a list, without comments."""
     lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line]
+
+
+def command_of(line: str) -> list[str]:
+    """What a line stands for."""
+    words = line.split()
+    script, rest = (words[0], words[1:]) if words[0].endswith(".py") else ("train.py", words)
+    return [sys.executable, str(HERE / script), *rest]
 
 
 def work(queue: Path, follow: bool) -> None:
@@ -57,8 +65,7 @@ def _run(line: str, places: Path, failed: set[str]) -> bool:
         with (places / f"{name}.log").open("a") as log:
             log.write(f"# {line}\n")
             log.flush()
-            command = [sys.executable, str(HERE / "train.py"), *line.split()]
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+            code = subprocess.run(command_of(line), stdout=log, stderr=subprocess.STDOUT).returncode
         if code:
             failed.add(line)
             print(f"failed with {code}: {line} ({places / name}.log)", flush=True)

@@ -8,12 +8,14 @@ import pytest
 import torch
 from longtail_tiny import ARMS, SHARES, build_corpus, losses, write_settings, write_text
 from safetensors.numpy import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, default_data_collator
 
 
 from arms import Arm, label, read_arms  # isort: skip
 from blocks import held_out_blocks, training_blocks  # isort: skip
+import train as train_module  # isort: skip
 from measure import measure  # isort: skip
+from stage import rows_read  # isort: skip
 from train import Size, build_parser, run, train  # isort: skip
 
 
@@ -110,8 +112,11 @@ def test_a_stage_learns_its_domain_alone_and_keeps_the_best_and_the_last(made, t
     best = start(made, tmp_path, family, "dense_legal")
     last = json.loads((tmp_path / "dense_legal_last-0" / "result.json").read_text())
     by_step = {int(step): loss for step, loss in best["validation_loss_by_step"].items()}
-    blocks = sum(domain == "legal" for domain in made[1][family].train["domain"])
-    steps = 3 * -(-blocks // 8)
+    train_rows = made[1][family].train
+    read = train_rows.select(rows_read(tmp_path / "dense-0", len(train_rows)))["domain"]
+    assert len(read) == 96 < len(train_rows)
+    steps = 3 * -(-sum(domain == "legal" for domain in read) // 8)
+    assert best["blocks"] == sum(domain == "legal" for domain in read)
     assert list(by_step) == [*range(2, steps, 2), steps]
     assert last["step"] == steps and best["step"] == min(by_step, key=by_step.get)
     for record, name in ((best, "dense_legal"), (last, "dense_legal_last")):
@@ -124,6 +129,29 @@ def test_a_stage_learns_its_domain_alone_and_keeps_the_best_and_the_last(made, t
         assert record["test"]["perplexity"]["medical"] > record["test"]["perplexity"]["legal"]
     learnt = losses(tmp_path / "dense_legal-0")
     assert learnt[1] == pytest.approx(torch.tensor(dense["validation"]["perplexity"]["legal"]).log().item(), abs=0.4)
+
+
+@pytest.mark.parametrize("name", ["dense", "cse"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_blocks_of_a_stage_are_those_that_its_start_has_read(made, tmp_path, monkeypatch, name, accumulation):
+    read = []
+
+    def noting(rows):
+        read.extend(tuple(row["input_ids"]) for row in rows)
+        return default_data_collator(rows)
+
+    monkeypatch.setattr(train_module, "default_data_collator", noting)
+    batches = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    start(made, tmp_path, "gpt2", name, seed=3, **batches)
+    blocks = made[1]["gpt2"].train
+    rows = rows_read(tmp_path / f"{name}-3", len(blocks))
+    assert rows == sorted(rows) and len(rows) == 96 and rows != list(range(96))
+    assert {tuple(ids) for ids in blocks.select(rows)["input_ids"]} == {*read[:96]}
+
+
+def test_after_an_epoch_all_blocks_were_read(made, tmp_path):
+    start(made, tmp_path, "gpt2", "dense", max_steps=17)
+    assert rows_read(tmp_path / "dense-0", 128) == list(range(128))
 
 
 class Spoil(TrainerCallback):

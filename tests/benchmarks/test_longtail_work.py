@@ -39,6 +39,8 @@ def worker(tmp_path):
     (place / "work.py").write_text((EXAMPLES / "work.py").read_text())
     (place / "train.py").write_text(SCRIPT)
 
+    (place / "tasks.py").write_text(SCRIPT.replace("kind +", "'tasks_' + kind +"))
+
     def begin(*lines: str) -> subprocess.Popen:
         queue = tmp_path / "queue.txt"
         queue.write_text("\n".join(f"{line} {tmp_path}" for line in lines) + "\n# no run\n")
@@ -78,6 +80,12 @@ def test_a_failed_line_is_reported_and_tried_again_by_another_worker_only(tmp_pa
     assert any("cannot be" in log.read_text() for log in (tmp_path / "queue").glob("*.log"))
     worker("fails", "good").communicate(timeout=60)
     assert notes(tmp_path, "fails") == ["begins"] * 2 and notes(tmp_path, "good") == ["begins", "ends"]
+
+
+def test_a_line_may_name_another_script(tmp_path, worker):
+    said = worker("good", "tasks.py good").communicate(timeout=60)[0]
+    assert "s: good" in said and "s: tasks.py good" in said
+    assert notes(tmp_path, "good") == notes(tmp_path, "tasks_good") == ["begins", "ends"]
 
 
 def test_a_killed_worker_leaves_its_line_to_the_next(tmp_path, worker):
