@@ -4,15 +4,17 @@
 import torch
 from torch import nn
 
-from modeling_cse.routing_cse import ClusterRouter
+from modeling_cse.routing_cse import ClusterRouter, RoutingContext
 
-from .contenders import Contender
+from .contenders import EVIDENCE, Contender
 from .opponents import MixtralFFN, NaiveFFN
 
 
 # Clusters that own no expert. With four experts there are six clusters then, as many as k-means looks for by default.
 COMMON_CLUSTERS = 2
 SWEEPS = 60
+HALVINGS = 30
+SPREAD = 0.5  # nats of evidence in a token: so that routes stay for a while, as those of a text do
 FAR = 1e6  # where centroids lie that nothing is near to
 
 
@@ -42,7 +44,8 @@ def entering(contender: Contender, ffn: nn.Module, token_ids: torch.Tensor) -> t
 def calibrate(contender: Contender, token_ids: torch.Tensor, share: float, first: int = 0) -> float | None:
     """
     Writes the routers of a contender, layer after layer, so that `share` of the tokens (B, T) goes to experts, each of
-    them the same number. The loop over samples can only route whole rows: `share` of them, rounded.
+    them the same number (by evidence: as it comes). The loop over samples can only route whole rows: `share` of them,
+    rounded.
 
     Args:
         first: count tokens from this position on.
@@ -52,6 +55,8 @@ def calibrate(contender: Contender, token_ids: torch.Tensor, share: float, first
     """
     generator = torch.Generator().manual_seed(0)
     reached = []
+    if contender.name == EVIDENCE:
+        return write_evidence(contender, token_ids, share, generator, first)
     for ffn in contender.ffns:
         states = entering(contender, ffn, token_ids)[:, first:]
         if isinstance(ffn, NaiveFFN):
@@ -83,6 +88,39 @@ def write_discriminant(
         discriminant_bias=bias.float(),
         cluster_expert=torch.tensor([*range(num_experts), *[-1] * COMMON_CLUSTERS]),
     )
+
+
+def write_evidence(
+    contender: Contender, token_ids: torch.Tensor, share: float, generator: torch.Generator, first: int
+) -> float:
+    """
+    Random evidence for every token of the vocabulary, and shares of the clusters with which `share` of these tokens
+    (B, T), from position `first` on, go to experts. All sites route alike.
+
+    Returns:
+        The share that is reached.
+    """
+    router, modules = contender.model.base_model.evidence_router, contender.ffns
+    experts = modules[0].experts.num_experts
+    owners = torch.tensor([*range(experts), *[-1] * COMMON_CLUSTERS])
+    for module in modules:
+        rows = {name: value[: len(owners)] for name, value in module.router.empty_state().items()}
+        module.router.write(**rows | {"cluster_sizes": torch.ones_like(owners), "cluster_expert": owners})
+    evidence = SPREAD * torch.randn(contender.model.config.vocab_size, len(owners), generator=generator)
+
+    def reached(rare: float) -> float:
+        shares = torch.where(owners >= 0, rare / experts, (1 - rare) / COMMON_CLUSTERS)
+        router.write(evidence, shares)
+        context = RoutingContext(given_clusters=router(token_ids, None, None))
+        states = router.evidence.new_zeros(*token_ids.shape, contender.model.config.hidden_size)
+        return (modules[0].router(states, context)[2][:, first:] >= 0).float().mean().item()
+
+    # the share grows with what experts are thought to own
+    least, most = 1e-6, 1 - 1e-6
+    for _ in range(HALVINGS):
+        middle = torch.tensor([least, most]).double().logit().mean().sigmoid().item()
+        least, most = (middle, most) if reached(middle) < share else (least, middle)
+    return reached(least)
 
 
 def biases_for(scores: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:

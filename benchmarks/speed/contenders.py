@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""Five models of one shape with the same base weights, that differ in the FFNs of the same two layers."""
+"""Six models of one shape with the same base weights, that differ in the FFNs of the same two layers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,9 @@ from .shapes import Shape
 
 
 DENSE = "dense"
-NAMES = (DENSE, "cse_replace", "cse_add", "mixtral", "naive")
+# What a CSE GPT-2 is by default; `cse_replace` and `cse_add` route each token by its own state.
+EVIDENCE = "cse_evidence"
+NAMES = (DENSE, "cse_replace", "cse_add", EVIDENCE, "mixtral", "naive")
 # Python decides there which module runs, sample by sample: a compiler has nothing to gain from it.
 NEVER_COMPILED = ("naive",)
 # Fresh experts are the base or zero; these are moved, so that no product is with zeros or with equal matrices.
@@ -42,6 +44,13 @@ class Contender:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def told(self, token_ids: torch.Tensor, new: int) -> dict[str, torch.Tensor]:
+        """What a forward pass over the last `new` of these tokens (B, T) is told if the others are in a cache, as
+        `generate` tells it."""
+        if self.name != EVIDENCE:
+            return {}
+        return {"given_clusters": self.model.base_model.read_clusters(token_ids)[:, -new:]}
 
     def timed(self, module: nn.Module) -> Callable:
         """What is called in a timing."""
@@ -77,7 +86,9 @@ def dense_weights(shape: Shape, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def _build_cse(name: str, shape: Shape, base: dict[str, torch.Tensor]) -> Contender:
-    model = CSEGPT2ForCausalLM(cse_config(shape, name.removeprefix("cse_")))
+    flags = {"cse_routing": "evidence"} if name == EVIDENCE else {}
+    combine = "replace" if name == "cse_replace" else "add"
+    model = CSEGPT2ForCausalLM(cse_config(shape, combine, **flags))
     unexpected = model.load_state_dict(base, strict=False).unexpected_keys
     if unexpected:
         raise RuntimeError(f"{name} has no place for the weights {unexpected} of its dense twin.")

@@ -10,6 +10,8 @@ import torch
 from torch.utils.benchmark import timer
 from transformers import DynamicCache, StaticCache
 
+from modeling_cse.routing_cse import RoutingContext
+
 from .calibration import calibrate, entering
 from .contenders import DENSE, Contender
 from .interleaving import Ratio, Stopwatch, interleave
@@ -109,6 +111,7 @@ def layer(shape: Shape, contenders: list[Contender], options: Options) -> Iterat
             with options.arithmetic:
                 shares[contender.name] = calibrate(contender, ids, options.share)
                 states = entering(contender, contender.ffns[-1], ids).requires_grad_()
+            contender.ffns[-1].context = RoutingContext(**contender.told(ids, options.length))
             samplers[contender.name] = Stopwatch(_layer_step(contender, states, options))
         yield from compare(rows, samplers, shares, options)
 
@@ -199,7 +202,8 @@ def _decoder(contender: Contender, ids: torch.Tensor, options: Options) -> Calla
         contender.model(input_ids=ids[:, :PROMPT], past_key_values=cache, use_cache=True, logits_to_keep=1)
         start = timer()
         for place in range(PROMPT, ids.shape[1]):
-            forward(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+            told = contender.told(ids[:, : place + 1], 1)
+            forward(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True, **told)
         return (timer() - start) / (ids.shape[1] - PROMPT)
 
     return decode

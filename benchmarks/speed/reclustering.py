@@ -2,6 +2,7 @@
 """What one fit costs, beside the training steps between two fits."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch.utils.benchmark import timer
@@ -11,7 +12,7 @@ from modeling_cse.clustering import RoutingFeatures
 from modeling_cse.training.fitting import fit_layers
 from modeling_cse.training.memory import ClusterMemory
 
-from .contenders import Contender
+from .contenders import EVIDENCE, Contender
 from .interleaving import WARMUP
 from .measures import Options, record
 
@@ -43,6 +44,15 @@ def reservoir(sequences: int, width: int, seed: int = 0) -> RoutingFeatures:
     return RoutingFeatures(embeddings, tokens, positions)
 
 
+def texts(sequences: int, length: int, vocab: int, seed: int = 0) -> torch.Tensor:
+    """Tokens (sequences, length) int32 of the six domains, each with frequencies of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    domains = torch.multinomial(torch.tensor(DOMAIN_SHARES), sequences, replacement=True, generator=generator)
+    common = -torch.arange(1, vocab + 1).log()
+    frequencies = (common + torch.randn(len(DOMAIN_SHARES), vocab, generator=generator)).exp()
+    return torch.multinomial(frequencies[domains], length, replacement=True, generator=generator).int()
+
+
 def reclustering(
     contenders: list[Contender], options: Options, steps: dict[tuple[str, int], float], sequences: int | None = None
 ) -> Iterator[dict]:
@@ -65,6 +75,9 @@ def reclustering(
             site: reservoir(sequences, module.router.hidden_size, site.layer)
             for site, module in base.routed_modules().items()
         }
+        if contender.name == EVIDENCE:
+            ids = texts(sequences, options.length, contender.model.config.vocab_size)
+            features = {site: replace(sample, ids=ids) for site, sample in features.items()}
         seconds = []
         for number in range(-WARMUP, options.rounds):
             start = timer()

@@ -13,6 +13,7 @@ OTHERS = [name for name in NAMES if name != DENSE]
 LABELS = {
     "cse_replace": "CSE, replace",
     "cse_add": "CSE, add",
+    "cse_evidence": "CSE, default (add, by evidence)",
     "mixtral": "in-tree sparse layer (Mixtral)",
     "naive": "loop over samples",
 }
@@ -74,7 +75,7 @@ def plot(records: list[dict], path: Path) -> None:
         for place, name in enumerate(OTHERS):
             chosen = [record for record in compared if (record["shape"], record["contender"]) == (shape, name)]
             if chosen:
-                heights = [labels.index(case_of(record)[1:]) + 0.16 * (place - 1.5) for record in chosen]
+                heights = [labels.index(case_of(record)[1:]) + 0.14 * (place - 2) for record in chosen]
                 _dots(panel, chosen, heights, DOMAIN_COLOURS[place], LABELS[name])
         panel.axvline(1.0, color="black", linewidth=0.8)
         panel.set(title=shape, xlabel="time or memory over the dense model's", xscale="log")

@@ -93,6 +93,32 @@ def test_routers_send_the_wanted_share_evenly_to_all_experts(base, name, share):
         assert shares == pytest.approx([share / len(shares)] * len(shares), abs=0.02)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_evidence_sends_the_wanted_share_to_experts(base, share):
+    contender = build("cse_evidence", SMALL, base, "cpu")
+    ids = SMALL.token_ids(4, 64)
+    for first in (0, 32):
+        assert calibrate(contender, ids, share, first) == pytest.approx(share, abs=0.02)
+        with torch.no_grad():
+            found = contender.model(ids, output_cluster_ids=True).cluster_ids
+        for module, clusters in zip(routed_modules(contender.model).values(), found, strict=True):
+            routed = module.router.cluster_expert[clusters[:, first:]] >= 0
+            assert routed.float().mean().item() == pytest.approx(share, abs=0.02)
+
+
+def test_a_token_that_is_decoded_goes_where_it_goes_in_the_whole_text(base):
+    contender = build("cse_evidence", SMALL, base, "cpu")
+    contender.model.eval()
+    ids = SMALL.token_ids(2, 24)
+    calibrate(contender, ids, 0.5)
+    with torch.no_grad():
+        whole = contender.model(ids).logits[:, -1]
+        cache = contender.model(ids[:, :-1], use_cache=True).past_key_values
+        last = contender.model(ids[:, -1:], past_key_values=cache, **contender.told(ids, 1)).logits[:, -1]
+    torch.testing.assert_close(last, whole)
+    assert build("cse_add", SMALL, base, "cpu").told(ids, 1) == {}
+
+
 def test_biases_give_each_column_its_share():
     scores = torch.randn(2000, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     shares = torch.tensor([0.05, 0.1, 0.15, 0.3, 0.4])
@@ -104,7 +130,7 @@ def test_before_they_are_routed_contenders_are_their_dense_twin(base):
     ids = SMALL.token_ids(2, 16)
     models = {name: build(name, SMALL, base, "cpu").model.eval() for name in NAMES}
     logits = {name: model(ids).logits for name, model in models.items()}
-    for name in ("cse_replace", "cse_add"):
+    for name in ("cse_replace", "cse_add", "cse_evidence"):
         torch.testing.assert_close(logits[name], logits["dense"])
     with torch.no_grad():
         models["naive"].transformer.h[1].mlp.cluster_expert.fill_(-1)
@@ -201,20 +227,21 @@ def test_memory_is_exact_where_the_answer_is_known():
 
 def test_one_command_writes_every_measure_and_a_second_one_adds_to_it(tmp_path, capsys):
     path, picture = tmp_path / "speed.json", tmp_path / "speed.png"
-    main([*QUICK, "--contenders", "cse_replace", "--output", str(path), "--figure", str(picture)])
+    ours = ["cse_replace", "cse_evidence"]
+    main([*QUICK, "--contenders", *ours, "--output", str(path), "--figure", str(picture)])
     table = capsys.readouterr().out
     first = json.loads(path.read_text())
     kinds = {(record["measure"], record["contender"]) for record in first["records"]}
     timed = {"training", "layer", "memory", "prefill", "decoding"}
-    assert kinds == {(name, who) for name in timed for who in ("dense", "cse_replace")} | {
-        ("reclustering", "cse_replace")
+    assert kinds == {(name, who) for name in timed for who in ("dense", *ours)} | {
+        ("reclustering", who) for who in ours
     }
     wanted = {*KEY, "seconds", "ratio", "quartiles", "rounds", "details", "date", "commit", "run"}
     assert all(set(record) == wanted for record in first["records"])
     assert all(record["ratio"] == 1 for record in first["records"] if record["contender"] == "dense")
     (run,) = first["runs"]
     assert run["versions"]["python"] == platform.python_version() and run["machine"]["processor"]
-    (fit,) = (record for record in first["records"] if record["measure"] == "reclustering")
+    (fit,) = (r for r in first["records"] if (r["measure"], r["contender"]) == ("reclustering", "cse_replace"))
     (step,) = (r for r in first["records"] if (r["measure"], r["contender"]) == ("training", "cse_replace"))
     share = fit["seconds"] / (fit["seconds"] + 500 * step["seconds"])
     assert fit["details"]["share_of_training"] == {"2": pytest.approx(share)}
