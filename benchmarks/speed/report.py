@@ -85,8 +85,11 @@ def plot(records: list[dict], path: Path) -> None:
         panel.grid(axis="x", which="both", alpha=0.25)
     panels[0].set_yticks(range(len(labels)), [", ".join(word for word in label if word) for label in labels])
     panels[0].invert_yaxis()
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, **{**LEGEND, "loc": "outside upper center", "ncols": 2, "handlelength": 1})
+    # a contender may be in some panels only
+    labelled = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in panels]
+    handles = {name: dots for pairs in labelled for dots, name in pairs}
+    place = {"loc": "outside upper center", "ncols": 2, "handlelength": 1}
+    figure.legend(handles.values(), handles.keys(), **{**LEGEND, **place})
     save_figure(figure, path)
 
 
