@@ -46,7 +46,7 @@ class Arm:
             domains' sizes).
         training: `TrainingArguments` beside those of the size.
         start: name of the arm whose final model this one goes on from, on the text of `domain` alone (stage.py);
-            `training` must then say how.
+            `training` must then say how. Of kind "cse" only the experts are trained, with the clusters they have.
         domain: the long-tail domain of such a stage.
     """
 
@@ -67,8 +67,11 @@ class Arm:
             raise ValueError(f"clusters={self.clusters!r}, control={self.control!r} is not allowed for {self.kind!r}.")
         if (self.start is None) != (self.domain is None):
             raise ValueError(f"start={self.start!r} and domain={self.domain!r} belong together.")
-        if self.start is not None and self.kind == "cse":
-            raise ValueError(f"start={self.start!r} is not allowed for 'cse': clusters are those of the mixture.")
+        if self.start is not None and (self.clusters or self.control):
+            raise ValueError(
+                f"clusters={self.clusters!r}, control={self.control!r} is not allowed with start={self.start!r}: a "
+                "stage keeps the clusters of its start."
+            )
         if self.start is not None and not STAGE_TRAINING <= self.training.keys():
             raise ValueError(f"training={self.training!r} is not allowed: a stage needs {sorted(STAGE_TRAINING)}.")
 
@@ -76,7 +79,7 @@ class Arm:
 def read_arms(path: Path) -> dict[str, Arm]:
     """
     The arms of a YAML file: name to fields. `like: other` takes over the fields of an arm above it, and merges
-    mappings.
+    mappings; null takes a field away.
 
     Raises:
         ValueError: an arm that is not there, or a wrong field.
@@ -90,7 +93,7 @@ def read_arms(path: Path) -> dict[str, Arm]:
         merged = deepcopy(fields[like]) if like else {}
         for key, value in own.items():
             merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
-        fields[name] = merged
+        fields[name] = {key: value for key, value in merged.items() if value is not None}
     return {name: Arm(name, **values) for name, values in fields.items()}
 
 

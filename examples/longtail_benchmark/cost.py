@@ -5,7 +5,7 @@ Counted are matrix products: 2 operations for each weight that a token meets on 
 and 4 * T * d forward for the attention of each layer over all T positions of a block, the masked ones too, as a plain
 implementation computes them; 8 * T * d on the way back. The linear map of a router goes forward only. Left out are
 embeddings, norms, biases and activations. Experts count by the share of tokens that go to them, so that means over
-routes need not be integers.
+routes need not be integers. A stage that trains experts alone is counted as if it trained all weights: it costs less.
 """
 
 from dataclasses import dataclass

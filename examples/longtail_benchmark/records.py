@@ -16,6 +16,9 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
 
+SPLITS = ("validation", "test")
+
+
 def read_result(folder: Path) -> dict | None:
     """What a finished run has written; None for another."""
     path = folder / "result.json"
@@ -47,7 +50,7 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
 def evaluate(model: PreTrainedModel, arm: Arm, corpus: Corpus, folder: Path, seed: int, bf16: bool) -> dict:
     """Measures on validation and test blocks, in the precision of training, and keeps the losses of single tokens."""
     causal, record = corpus.mixture.family == "gpt2", {}
-    for split in ("validation", "test"):
+    for split in SPLITS:
         # the labels of a control are told by the tokens, so masks come last
         blocks = held_out_blocks(label(arm, getattr(corpus, split), corpus.mixture.shares, seed), corpus)
         losses = measure(model, blocks, causal, bf16)

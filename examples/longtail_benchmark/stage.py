@@ -5,10 +5,12 @@ was trained on in its mixture, for several epochs, with a fresh optimizer and sc
 
 The domain's validation loss is measured at fixed intervals. Two models come out, each in a run folder of its own: the
 best on validation (`<arm>-<seed>`, stopped early without a limit of patience) and the last (`<arm>_last-<seed>`). Both
-are measured on all domains, which shows what was forgotten.
+are measured on all domains, which shows what was forgotten. Of a CSE model the stage trains the experts alone: text
+that goes to no expert keeps its logits.
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,7 +21,7 @@ from arms import Arm, count_parameters, model_class
 from blocks import held_out_blocks, training_blocks
 from corpus import Corpus
 from datasets import Dataset
-from records import evaluate, open_folder, write_result
+from records import SPLITS, evaluate, open_folder, write_result
 from torch import nn
 from trainer import ExpertRatesTrainer, Stopwatch
 from transformers import (
@@ -68,6 +70,9 @@ def train_stage(
     train_rows, held_out = (_of_domain(blocks, arm.domain) for blocks in (seen, corpus.validation))
     open_folder(folder, settings)
     model = _read_model(start / "model", arm, settings["size"])
+    if arm.kind == "cse":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".experts." in name)
     stopwatch = Stopwatch(folder / "seconds.jsonl")
     checkpoint = last_complete_checkpoint(folder / "checkpoints", clusters=False)
     args = _arguments(arm, seed, settings, folder / "checkpoints", checkpoint)
@@ -91,11 +96,16 @@ def train_stage(
     last_step, best_step = trainer.state.global_step, trainer.state.best_global_step
     last.mkdir(parents=True, exist_ok=True)
     last_model = _read_model(folder / "checkpoints" / f"checkpoint-{last_step}", arm, settings["size"])
+    measured: dict[int, tuple[Path, dict]] = {}
     # the best model's result is written last: with it the run is finished
     for kept, place, step in ((last_model.to(model.device), last, last_step), (model, folder, best_step)):
         kept.save_pretrained(place / "model")
-        record = {"arm": place.name.removesuffix(f"-{seed}"), **common, "step": step}
-        record |= evaluate(kept, arm, corpus, place, seed, args.bf16)
+        if step not in measured:
+            measured[step] = place, evaluate(kept, arm, corpus, place, seed, args.bf16)
+        source, figures = measured[step]
+        for split in SPLITS if source != place else ():  # the last model is the best one
+            shutil.copyfile(source / f"{split}.safetensors", place / f"{split}.safetensors")
+        record = {"arm": place.name.removesuffix(f"-{seed}"), **common, "step": step, **figures}
         written = write_result(place, record)
     return written
 

@@ -35,6 +35,8 @@ ARMS = {
     "dense_legal": {"like": "dense", "start": "dense", "domain": "legal", "training": STAGE},
     "switch": {"kind": "switch", "model": {"switch_layers": [1], "switch_num_experts": 2}},
     "cse": CSE,
+    "cse_legal": {"like": "cse", "clusters": None, "start": "cse", "domain": "legal"}
+    | {"training": {**STAGE, "weight_decay": 0.0}},
     "oracle": {"like": "cse", "control": "oracle"},
 }
 

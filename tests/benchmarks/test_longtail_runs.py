@@ -4,6 +4,7 @@ domain stage starts from a finished run and keeps two models."""
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from longtail_tiny import ARMS, SHARES, build_corpus, losses, write_settings, write_text
@@ -122,6 +123,8 @@ def test_a_stage_learns_its_domain_alone_and_keeps_the_best_and_the_last(made, t
     for record, name in ((best, "dense_legal"), (last, "dense_legal_last")):
         assert record["arm"] == name and set(record["test"]["perplexity"]) == set(SHARES)
         assert record["parameters"] == dense["parameters"]
+        kept = load_file(tmp_path / f"{name}-0" / "test.safetensors")["nll"]
+        assert np.isfinite(kept).all() and kept.shape[0] == 24
         # the loss that the Trainer found for the kept model is that of the model which is measured
         measured = torch.tensor(record["validation"]["perplexity"]["legal"]).log().item()
         assert measured == pytest.approx(by_step[record["step"]], rel=0.02)
@@ -129,6 +132,20 @@ def test_a_stage_learns_its_domain_alone_and_keeps_the_best_and_the_last(made, t
         assert record["test"]["perplexity"]["medical"] > record["test"]["perplexity"]["legal"]
     learnt = losses(tmp_path / "dense_legal-0")
     assert learnt[1] == pytest.approx(torch.tensor(dense["validation"]["perplexity"]["legal"]).log().item(), abs=0.4)
+
+
+def test_a_stage_of_cse_trains_the_expert_of_its_domain_and_nothing_else(made, tmp_path):
+    before = start(made, tmp_path, "gpt2", "cse")
+    after = start(made, tmp_path, "gpt2", "cse_legal")
+    routes = {domain: next(iter(before["test"]["routing"].values()))[domain]["routed"] for domain in SHARES}
+    assert routes["legal"] > 0.5, "the test wants an expert for legal text"
+    weights = [load_file(tmp_path / f"{name}-0" / "model" / "model.safetensors") for name in ("cse", "cse_legal")]
+    changes = {name: weight != weights[1][name] for name, weight in weights[0].items()}
+    moved = {name: change.reshape(len(change), -1).any(1) for name, change in changes.items() if change.any()}
+    assert moved and all(".experts." in name for name in moved)
+    assert not any(slots.all() for slots in moved.values()), "experts that get no legal text stay"
+    assert after["test"]["perplexity"]["legal"] < before["test"]["perplexity"]["legal"]
+    assert after["test"]["routing"] == before["test"]["routing"]
 
 
 @pytest.mark.parametrize("name", ["dense", "cse"])
@@ -178,7 +195,8 @@ def test_a_stage_refuses_what_it_cannot_do(made, tmp_path):
     with pytest.raises(ValueError, match="domain='legal' is not allowed: no block is of it alone"):
         train(read_arms(arms)["dense_legal"], 0, Size.load(str(size)), packed, tmp_path / "dense_legal-0")
     for changes, message in (
-        ({"kind": "cse"}, "not allowed for 'cse'"),
+        ({"kind": "cse", "clusters": {"num_clusters": 3}}, "a stage keeps the clusters of its start"),
+        ({"kind": "cse", "control": "oracle"}, "a stage keeps the clusters of its start"),
         ({"training": {"learning_rate": 1.0}}, "a stage needs"),
         ({"domain": None}, "belong together"),
     ):
