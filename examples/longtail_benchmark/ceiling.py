@@ -1,0 +1,125 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""How much of the oracle's gain can routes keep that read from left to right? An upper bound, without new training.
+
+    python examples/longtail_benchmark/ceiling.py --size cpu_short --seeds 0 1 2 --output ceiling.json
+
+The oracle's experts were trained with each text's domain told from its first token on. Here they answer where evidence
+sends the tokens, and evidence is *taught* the domains of training blocks: no cluster has to be found. What is missing
+then is missing because a text's first tokens tell little of its domain, not because of the clusters.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from blocks import held_out_blocks
+from corpus import Corpus
+from measure import measure
+from origin import origin
+from records import read_result
+from routes import ids_and_domains
+from run_records import LONG_TAIL, with_long_tail
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+
+from modeling_cse.clustering import held_out
+from modeling_cse.clustering.evidence import Evidence
+from modeling_cse.evaluation import share_of_gain
+from modeling_cse.evidence_cse import EvidenceRouter
+
+
+class TaughtRoutes(nn.Module):
+    """A model with `cse_routing="given"` that is given what evidence says of its tokens."""
+
+    def __init__(self, model: PreTrainedModel, evidence: Evidence):
+        super().__init__()
+        self.base_model = nn.Module()  # no sites: `measure` is not to read routes
+        self.model, self.router = model, EvidenceRouter(model.config).to(model.device)
+        self.router.write(torch.from_numpy(evidence.table), torch.from_numpy(evidence.shares))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def forward(self, input_ids: torch.Tensor, **inputs):
+        return self.model(input_ids, given_clusters=self.router(input_ids, None, None), **inputs)
+
+
+def teach(corpus: Corpus, texts: int, seed: int) -> Evidence:
+    """Evidence of the domains, in the order in which the oracle has them, from so many training blocks."""
+    ids, domains = ids_and_domains(corpus.train)
+    drawn = np.random.default_rng(seed).permutation(len(ids))[:texts]
+    names, labels = np.unique(domains[drawn], return_inverse=True)
+    if names.tolist() != sorted(corpus.mixture.shares):
+        raise ValueError(f"texts={texts} is not allowed: they are of {names.tolist()} only.")
+    shares = np.bincount(labels) / len(labels)
+    return Evidence.fit(ids[drawn], labels, shares, len(corpus.tokenizer), held_out(len(labels)))
+
+
+def taught_perplexity(run: Path, corpus: Corpus, evidence: Evidence) -> dict[str, float]:
+    """Test perplexity by domain of a finished oracle under routes that were taught."""
+    causal = corpus.mixture.family == "gpt2"
+    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    model = TaughtRoutes(auto.from_pretrained(run / "model"), evidence)
+    losses = measure(model, held_out_blocks(corpus.test, corpus), causal)
+    return {name: losses.perplexity(name) for name in sorted(corpus.mixture.shares)}
+
+
+def told_perplexity(run: Path) -> dict[str, float]:
+    """Test perplexity by domain of a finished run.
+
+    Raises:
+        ValueError: it is not finished.
+    """
+    if (result := read_result(run)) is None:
+        raise ValueError(f"runs={str(run.parent)!r} is not allowed: {run.name!r} is not there, or not finished.")
+    return result["test"]["perplexity"]
+
+
+def compare(runs: Path, corpus: Corpus, seeds: Sequence[int], sizes: Sequence[int]) -> list[dict]:
+    """
+    A row a number of texts that teach: the share of the oracle's gain on the long tail, over the seeds, and test
+    perplexities over the dense twin's by seed and domain.
+    """
+    dense, oracle = (
+        {seed: with_long_tail(told_perplexity(runs / f"{arm}-{seed}")) for seed in seeds}
+        for arm in ("dense", "oracle")
+    )
+    rows = []
+    for texts in sizes:
+        taught = {
+            seed: with_long_tail(taught_perplexity(runs / f"oracle-{seed}", corpus, teach(corpus, texts, seed)))
+            for seed in seeds
+        }
+        tails = ({seed: each[LONG_TAIL] for seed, each in arm.items()} for arm in (taught, oracle, dense))
+        share = share_of_gain(*tails)
+        over = {
+            seed: {name: value / dense[seed][name] for name, value in each.items()} for seed, each in taught.items()
+        }
+        rows.append({"texts": texts, "share_of_oracle": None if share is None else asdict(share), "over_dense": over})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="cpu")
+    parser.add_argument("--corpus", type=Path, default=Path("runs/longtail/corpus/main"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/longtail"), help="folder with <size>/<corpus>/...")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--texts", type=int, nargs="+", default=[2048, 16000], help="training blocks that teach")
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    corpus = Corpus.load(given.corpus)
+    rows = compare(given.runs / given.size / given.corpus.name, corpus, given.seeds, given.texts)
+    record = {"size": given.size, "corpus": given.corpus.name, "rows": rows, **origin()}
+    given.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

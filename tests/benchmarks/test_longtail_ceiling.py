@@ -1,0 +1,56 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Promises of the upper bound of routes that read from left to right: near the oracle where words tell the domain at
+once, and no gain where evidence says nothing."""
+
+import json
+
+import pytest
+from longtail_tiny import build_corpus, write_settings, write_text
+
+
+from arms import read_arms  # isort: skip
+from train import Size, train  # isort: skip
+import ceiling  # isort: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Runs of the dense model and the oracle whose domains have words of their own."""
+    folder = tmp_path_factory.mktemp("ceiling")
+    corpus = build_corpus(write_text(folder / "text"), folder / "main")
+    arms, size = write_settings(folder, max_steps=30)
+    for name in ("dense", "oracle"):
+        train(read_arms(arms)[name], 0, Size.load(str(size)), corpus, folder / "runs/tiny/main" / f"{name}-0")
+    return folder, corpus
+
+
+def test_routes_that_were_taught_come_near_the_oracle(made, tmp_path):
+    folder, _ = made
+    arguments = ["--size", "tiny", "--corpus", folder / "main", "--runs", folder / "runs", "--seeds", 0]
+    arguments += ["--texts", 100, "--output", tmp_path / "ceiling.json"]
+    ceiling.main([*map(str, arguments)])
+    record = json.loads((tmp_path / "ceiling.json").read_text())
+    (row,) = record["rows"]
+    assert row["texts"] == 100 and 0.5 < row["share_of_oracle"]["value"] < 1.05
+    assert set(row["over_dense"]["0"]) == {"general", "legal", "medical", "long-tail"}
+    assert row["over_dense"]["0"]["long-tail"] < 1
+
+
+def test_evidence_that_says_nothing_leaves_the_base_alone(made):
+    """Beside its share nothing speaks for a domain: both rare ones stay below the probability that answers."""
+    folder, corpus = made
+    evidence = ceiling.teach(corpus, 100, seed=0)
+    evidence.table[:] = 0
+    evidence.shares[:] = [0.98, 0.01, 0.01]
+    found = ceiling.taught_perplexity(folder / "runs/tiny/main/oracle-0", corpus, evidence)
+    told = ceiling.told_perplexity(folder / "runs/tiny/main/oracle-0")
+    assert found["general"] == pytest.approx(told["general"], rel=1e-5)
+    assert found["legal"] > told["legal"] and found["medical"] > told["medical"]
+
+
+def test_what_is_not_there_is_named(made):
+    folder, corpus = made
+    with pytest.raises(ValueError, match="'dense-7' is not there, or not finished"):
+        ceiling.compare(folder / "runs/tiny/main", corpus, [7], [100])
+    with pytest.raises(ValueError, match="texts=1 is not allowed: they are of"):
+        ceiling.teach(corpus, 1, seed=0)
