@@ -13,6 +13,9 @@ from modeling_cse.analysis.style import DOMAIN_COLOURS, LEGEND, new_figure, plai
 from modeling_cse.evaluation import Estimate
 
 
+FAR = 2.0
+
+
 def _prepare(axis: Axes, title: str, grid: str) -> None:
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axis.grid(axis=grid, color="#E4E4E4", linewidth=0.8)
@@ -26,9 +29,13 @@ def _arms(value: Estimate) -> tuple[float, float]:
 
 
 def draw_ratios(comparisons: Comparisons, path: Path) -> bool:
-    """Long-tail perplexity over dense by arm, with intervals. Returns whether there was something to draw."""
-    found = {arm: comparisons.ratio(arm, perplexity(LONG_TAIL)) for arm in comparisons.arms}
-    found = {arm: value for arm, value in found.items() if value is not None and math.isfinite(value.value)}
+    """
+    Long-tail perplexity over dense by arm, with intervals. Stages of one domain have a table of their own; arms of
+    `FAR` and more, diverged or untrained ones, would leave the others no room. Returns whether there was something to
+    draw.
+    """
+    found = {arm: comparisons.ratio(arm, perplexity(LONG_TAIL)) for arm in comparisons.scratch}
+    found = {arm: value for arm, value in found.items() if value is not None and value.value < FAR}
     found.pop(comparisons.roles.baseline, None)
     if not found:
         return False

@@ -147,11 +147,14 @@ def _purity_reader(site: str, level: str, name: str) -> Callable[[dict], float |
 
 
 def task_table(comparisons: Comparisons, method: str) -> str:
-    """Accuracies in percent of a method ("probe", "finetune"), and the differences to dense in points, by task."""
+    """Accuracies in percent of a method ("probe", "finetune"), and the differences to dense in points, by task; arms
+    without a task are left out."""
     found = {task for record in comparisons.records for task in record["tasks"].get(method, {})}
     tasks = sorted(found, key=_task_order)
     rows = []
-    for arm in comparisons.arms if tasks else []:
+    for arm in comparisons.arms:
+        if not any(record["tasks"].get(method) for record in comparisons.of(arm)):
+            continue
         cells = []
         for task in tasks:
             change = comparisons.difference(arm, accuracy([task], method), comparisons.roles.baseline)
