@@ -1,11 +1,12 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""How much of the oracle's gain can routes keep that read from left to right? An upper bound, without new training.
+"""How much of the oracle's gain can routes keep that read from left to right? A bound, without new training.
 
     python examples/longtail_benchmark/ceiling.py --size cpu_short --seeds 0 1 2 --output ceiling.json
 
 The oracle's experts were trained with each text's domain told from its first token on. Here they answer where evidence
 sends the tokens, and evidence is *taught* the domains of training blocks: no cluster has to be found. What is missing
-then is missing because a text's first tokens tell little of its domain, not because of the clusters.
+then is missing because a text's first tokens tell little of its domain, not because of the clusters. No strict bound:
+these experts were trained under labels, not under such routes.
 """
 
 import argparse

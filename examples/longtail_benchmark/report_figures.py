@@ -13,7 +13,7 @@ from modeling_cse.analysis.style import DOMAIN_COLOURS, LEGEND, new_figure, plai
 from modeling_cse.evaluation import Estimate
 
 
-FAR = 2.0
+FAR = 2.0  # times dense's perplexity
 
 
 def _prepare(axis: Axes, title: str, grid: str) -> None:

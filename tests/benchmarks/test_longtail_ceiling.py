@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""Promises of the upper bound of routes that read from left to right: near the oracle where words tell the domain at
+"""Promises of the bound on routes that read from left to right: near the oracle where words tell the domain at
 once, and no gain where evidence says nothing."""
 
 import json
