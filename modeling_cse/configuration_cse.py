@@ -70,21 +70,19 @@ class CSEFlags(Stock):
             for experts, and training chooses some (`ClusterExpertsCallback(layer_budget=...)`).
         cse_modules (`list[str]`, defaults to `["ffn"]`):
             Which modules of those layers get experts: `"ffn"` (MoF), `"attention"` (MoA), or both.
-        cse_combine (`str`):
-            `"replace"` (default of BERT): a routed token goes through its expert instead of the base module, and
-            experts start as copies of it (the paper). `"add"` (default of GPT-2): base plus expert, which starts with
-            a zero output.
+        cse_combine (`str`, defaults to `"add"`):
+            `"add"` (default): base plus expert, which starts with a zero output. `"replace"`: a routed token goes
+            through its expert instead of the base module, and experts start as copies of it (the paper).
         cse_num_experts (`int`, defaults to 4):
             Expert slots per layer, at most 1,023.
         cse_expert_size (`int`, *optional*):
             Width of an FFN expert, a multiple of 8. Default: the base width (`"replace"`), or the base width over the
             number of slots (`"add"`), rounded up to a multiple of 8. `"replace"` takes no width below the base's.
-        cse_routing (`str`):
-            `"evidence"` (default of GPT-2): by what the tokens of its text say about the text's cluster, those read
-            so far in GPT-2 (causal), all of them in BERT. `"discriminant"`: each token by its own state, causal.
-            `"sequence"` (default of BERT): the whole sequence by its masked mean state. `"given"`: by
-            `given_clusters` that come with the batch, for controls (random or oracle routing) and where domains are
-            known.
+        cse_routing (`str`, defaults to `"evidence"`):
+            `"evidence"` (default): by what the tokens of its text say about the text's cluster, those read so far in
+            GPT-2 (causal), all of them in BERT. `"discriminant"`: each token by its own state, causal. `"sequence"`:
+            the whole sequence by its masked mean state (the paper). `"given"`: by `given_clusters` that come with the
+            batch, for controls (random or oracle routing) and where domains are known.
         cse_gate (`str`, *optional*):
             `"hard"`: a token's expert is that of its likeliest cluster, and answers in full. `"posterior"`: it is the
             one whose cluster is likeliest among those with an expert, and answers times that probability; below 0.1
@@ -284,9 +282,6 @@ class CSEBertConfig(CSEFlags, BertConfig):
         "encoder.layer.*.intermediate.dense": "colwise",
         "encoder.layer.*.output.dense": "rowwise",
     }
-
-    cse_combine: Any = "replace"
-    cse_routing: Any = "sequence"
 
     @property
     def reads_left_to_right(self) -> bool:

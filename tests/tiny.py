@@ -52,8 +52,11 @@ OWNERS = [-1, 2, 0, -1, 3]
 
 
 # What most tests look at, whatever is the default of a family.
-FLAGS = {"gpt2": {"cse_combine": "replace", "cse_routing": "discriminant"}, "bert": {}}
-# What GPT-2 does by default, and any family when told so.
+FLAGS = {
+    "gpt2": {"cse_combine": "replace", "cse_routing": "discriminant"},
+    "bert": {"cse_combine": "replace", "cse_routing": "sequence"},
+}
+# What both do by default.
 EVIDENCE = {"cse_combine": "add", "cse_routing": "evidence"}
 
 

@@ -20,6 +20,9 @@ from pathlib import Path
 
 
 HERE = Path(__file__).parent
+# By default glibc returns the buffers of a step to the system and fetches them again in the next one, page by page: a
+# tenth of the time of a step in bf16. Losses are the same.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 
 def read_lines(path: Path) -> list[str]:
@@ -65,7 +68,8 @@ def _run(line: str, places: Path, failed: set[str]) -> bool:
         with (places / f"{name}.log").open("a") as log:
             log.write(f"# {line}\n")
             log.flush()
-            code = subprocess.run(command_of(line), stdout=log, stderr=subprocess.STDOUT).returncode
+            environment = {**KEEP_MEMORY, **os.environ}
+            code = subprocess.run(command_of(line), stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
         if code:
             failed.add(line)
             print(f"failed with {code}: {line} ({places / name}.log)", flush=True)

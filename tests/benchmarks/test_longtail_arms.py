@@ -7,7 +7,7 @@ import pytest
 import torch
 from longtail_tiny import EXAMPLES
 
-from modeling_cse import ClusterExpertsCallback, CSEGPT2Config
+from modeling_cse import ClusterExpertsCallback, CSEBertConfig, CSEGPT2Config
 from modeling_cse.data import train_tokenizer
 
 
@@ -50,9 +50,11 @@ def test_every_role_has_its_arm():
     assert set(asdict(Roles()).values()) <= set(ARMS)
 
 
-def test_the_default_arm_is_what_the_library_does_by_default(tokenizer):
-    config = build_config(ARMS["cse"], "gpt2", CPU.config, tokenizer)
-    plain = CSEGPT2Config(**CPU.config)
+@pytest.mark.parametrize(("family", "size"), [("gpt2", "cpu"), ("bert", "cpu_bert")])
+def test_the_default_arm_is_what_the_library_does_by_default(family, size, tokenizer):
+    size = Size.load(size).config
+    config = build_config(ARMS["cse"], family, size, tokenizer)
+    plain = {"gpt2": CSEGPT2Config, "bert": CSEBertConfig}[family](**size)
     flags = ("layer_indices", "modules", "combine", "num_experts", "routing")
     for flag in (*(f"cse_{name}" for name in flags), "expert_size", "gate"):
         assert getattr(config, flag) == getattr(plain, flag), flag

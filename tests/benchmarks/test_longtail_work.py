@@ -22,6 +22,8 @@ def note(word):
 note("begins")
 if kind.startswith("slow"):
     time.sleep(1)
+if kind == "memory":
+    note(os.environ["MALLOC_MMAP_THRESHOLD_"] + "," + os.environ["MALLOC_TRIM_THRESHOLD_"])
 if kind == "fails":
     sys.exit("cannot be")
 if kind == "killed" and not os.path.exists(os.path.join(folder, "again")):
@@ -86,6 +88,13 @@ def test_a_line_may_name_another_script(tmp_path, worker):
     said = worker("good", "tasks.py good").communicate(timeout=60)[0]
     assert "s: good" in said and "s: tasks.py good" in said
     assert notes(tmp_path, "good") == notes(tmp_path, "tasks_good") == ["begins", "ends"]
+
+
+def test_runs_keep_the_memory_of_a_step(tmp_path, worker, monkeypatch):
+    """glibc is told so, unless it has been told something else."""
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    worker("memory").communicate(timeout=60)
+    assert notes(tmp_path, "memory") == ["begins", f"{2**32},65536", "ends"]
 
 
 def test_a_killed_worker_leaves_its_line_to_the_next(tmp_path, worker):

@@ -124,12 +124,11 @@ def test_config_can_be_copied(family):
         assert twin.to_dict() == config.to_dict()
 
 
-def test_defaults_are_those_of_the_family(family):
+def test_both_families_have_the_same_defaults(family):
     config = CONFIGS[family](**SIZES[family])
     assert config.cse_layers is None and config.cse_layer_indices == [1, 2]
     assert config.cse_modules == ["ffn"] and config.cse_radius_scaling is True
-    ways = {"gpt2": ("add", "evidence", "posterior"), "bert": ("replace", "sequence", "hard")}
-    assert (config.cse_combine, config.cse_routing, config.gate) == ways[family]
+    assert (config.cse_combine, config.cse_routing, config.gate) == ("add", "evidence", "posterior")
     assert config.cse_num_experts == 4 and config.max_clusters == 16 and config.cse_gate is None
     assert not config.output_router_logits and not config.output_cluster_ids
     assert config.model_type == {"gpt2": "cse_gpt2", "bert": "cse_bert"}[family]
