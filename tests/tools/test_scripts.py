@@ -71,13 +71,13 @@ def here(tmp_path, monkeypatch):
 def test_a_script_in_the_manner_of_upstream_trains_from_scratch(here, kind, auto):
     family = "gpt2" if kind == "CAUSAL" else "bert"
     (here / "script.py").write_text(SCRIPT.format(kind=kind, auto=auto))
-    overrides = SMALL[family] + ",cse_num_experts=2,cse_combine=add"
+    overrides = SMALL[family] + ",cse_num_experts=2,cse_combine=replace"
     flags = ["--model_type", f"cse_{family}", "--config_overrides", overrides, "--output_dir", "out"]
     flags += [ "--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu", "true"]
     main(["script.py", *flags, "--report_to", "none", "--disable_tqdm", "true"])
     config = AutoConfig.from_pretrained(here / "out")
-    assert (config.cse_num_experts, config.cse_combine, config.hidden_size, config.vocab_size) == (2, "add", 32, 104)
-    assert config.cse_routing == ("evidence" if family == "gpt2" else "sequence")
+    assert (config.cse_num_experts, config.cse_combine, config.hidden_size, config.vocab_size) == (2, "replace", 32, 104)
+    assert config.cse_routing == "evidence"
     loader = AutoModelForCausalLM if family == "gpt2" else AutoModelForMaskedLM
     assert type(loader.from_pretrained(here / "out")).__name__.startswith("CSE")
     assert json.loads((here / "out" / "train_results.json").read_text())["train_loss"] > 0
