@@ -20,8 +20,8 @@ from pathlib import Path
 
 
 HERE = Path(__file__).parent
-# By default glibc returns the buffers of a step to the system and fetches them again in the next one, page by page: about
-# a tenth of the time of a step in bf16. Losses are the same.
+# By default glibc returns the buffers of a step to the system and fetches them again in the next one, page by page:
+# about a tenth of the time of a step in bf16. Losses are the same.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 
