@@ -30,6 +30,7 @@ GPT2_SIZES = {"vocab_size": VOCAB, "n_positions": 16, "n_embd": 16, "n_layer": 2
 GPT2_SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "cse_combine": "replace", "cse_routing": "discriminant"}
 BERT_SIZES = {"vocab_size": VOCAB, "max_position_embeddings": 16, "hidden_size": 16, "num_hidden_layers": 2}
 BERT_SIZES |= {"num_attention_heads": 2, "intermediate_size": 32, "pad_token_id": 0}
+BERT_SIZES |= {"cse_combine": "replace", "cse_routing": "sequence"}
 MODELS = {
     "gpt2": (CSEGPT2Config, CSEGPT2ForCausalLM, GPT2_SIZES),
     "bert": (CSEBertConfig, CSEBertForMaskedLM, BERT_SIZES),
