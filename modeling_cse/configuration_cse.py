@@ -93,6 +93,9 @@ class CSEFlags(Stock):
         cse_max_clusters (`int`, *optional*):
             Clusters a router can hold, common ones included, at most 65,536. Default: the larger of 16 and twice the
             slots.
+        cse_separator_token_id (`int`, *optional*):
+            The token that ends a document where rows hold several: behind it another text begins, for routes and for
+            clusters, as where `position_ids` begin anew. Default: none does, a row is one text.
     """
 
     # `Any` keeps the type checks of `@strict` away: they raise an error class of their own, which is no ValueError.
@@ -105,6 +108,7 @@ class CSEFlags(Stock):
     cse_gate: Any = None
     cse_radius_scaling: Any = True
     cse_max_clusters: Any = None
+    cse_separator_token_id: Any = None
     output_router_logits: Any = False
     output_cluster_ids: Any = False
 
@@ -134,6 +138,12 @@ class CSEFlags(Stock):
         if most is not None and (not _is_int(most) or not 1 <= most <= MOST_CLUSTERS):
             raise ValueError(
                 f"cse_max_clusters={most!r} is not allowed: it must be None or an int >= 1, at most {MOST_CLUSTERS}."
+            )
+        separator = self.cse_separator_token_id
+        if separator is not None and (not _is_int(separator) or not 0 <= separator < self.vocab_size):
+            raise ValueError(
+                f"cse_separator_token_id={separator!r} is not allowed: it must be None or an int from 0 to "
+                f"{self.vocab_size - 1}."
             )
         if indices and self.hidden_size % WIDTH_MULTIPLE:
             raise ValueError(
@@ -224,7 +234,7 @@ class CSEFlags(Stock):
             raise ValueError(
                 f"update_str={update_str!r} is not allowed: {error}. It must be like 'n_embd=64,cse_num_experts=2'; "
                 "what is a list or None by default (cse_layers, cse_modules, cse_expert_size, cse_gate, "
-                "cse_max_clusters) belongs in a config file."
+                "cse_max_clusters, cse_separator_token_id) belongs in a config file."
             ) from error
         self.validate_cse_flags()
 

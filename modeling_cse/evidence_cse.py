@@ -40,6 +40,7 @@ class EvidenceRouter(RoutingState):
         super().__init__()
         self.causal = config.reads_left_to_right
         self.gate = config.gate
+        self.separator = config.cse_separator_token_id
         self.shape = (config.vocab_size, config.max_clusters)
         self.register_state()
 
@@ -140,12 +141,13 @@ class EvidenceRouter(RoutingState):
         Args:
             input_ids: (B, T) whole texts, from their first token on.
             attention_mask: (B, T), 0 at padding, which says nothing.
-            position_ids: (B, T) or (T,); where they start again, another text begins.
+            position_ids: (B, T) or (T,); where they start again, another text begins, as it does behind a
+                `cse_separator_token_id`.
 
         Raises:
             ValueError: the mask is of another shape.
         """
-        scope = SequenceScope.of(attention_mask, position_ids)
+        scope = SequenceScope.of(attention_mask, position_ids, input_ids, self.separator)
         batch, length = input_ids.shape
         if scope.mask is not None and scope.mask.shape not in ((batch, length), (1, length)):
             raise ValueError(

@@ -187,7 +187,7 @@ class CSEBertModel(CSEBaseMixin, CSEBertPreTrainedModel, BertModel):
                 warn_that_routes_see_the_future(type(self).__name__)
             text = input_ids, attention_mask, position_ids
             given_clusters = self._read_or_given(given_clusters, *text, past_key_values)
-            context = RoutingContext.of(self, attention_mask, position_ids, given_clusters)
+            context = RoutingContext.of(self, *text, given_clusters)
             kwargs.update(context.as_argument())
         return super().forward(
             input_ids,

@@ -152,7 +152,7 @@ class CSEGPT2Model(CSEBaseMixin, CSEGPT2PreTrainedModel, GPT2Model):
                 self._check_that_sequences_are_whole(past_key_values)
             text = input_ids, attention_mask, position_ids
             given_clusters = self._read_or_given(given_clusters, *text, past_key_values)
-            context = RoutingContext.of(self, attention_mask, position_ids, given_clusters)
+            context = RoutingContext.of(self, *text, given_clusters)
             kwargs.update(context.as_argument())
         return super().forward(
             input_ids,

@@ -36,11 +36,19 @@ class SequenceScope(NamedTuple):
     segments: torch.Tensor | None = None  # (B, T) int64, number of the document in its row; None: one a row
 
     @classmethod
-    def of(cls, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> "SequenceScope":
-        """Reads the padding from a 2-D `attention_mask`, and packed documents from `position_ids` that start again.
+    def of(
+        cls,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        input_ids: torch.Tensor | None = None,
+        separator: int | None = None,
+    ) -> "SequenceScope":
+        """Reads the padding from a 2-D `attention_mask`, and packed documents from `position_ids` that start again
+        and from the `separator` among `input_ids` that ends each one (`cse_separator_token_id`; None: nothing does).
 
         Raises:
-            ValueError: `attention_mask` has more than two dimensions, which hides where the padding is.
+            ValueError: `attention_mask` has more than two dimensions, which hides where the padding is; or there is
+                a separator to look for and there are no `input_ids`.
         """
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(
@@ -48,10 +56,19 @@ class SequenceScope(NamedTuple):
                 "averaged: pass the 2-D mask of shape (batch, sequence), or use cse_routing='discriminant'."
             )
         mask = None if attention_mask is None else attention_mask.bool()
-        if position_ids is None or position_ids.shape[-1] < 2:
-            return cls(mask, None)
-        restarts = position_ids[..., 1:] != position_ids[..., :-1] + 1  # (T,), which stock models take too, or (B, T)
-        return cls(mask, F.pad(restarts.long().cumsum(-1), (1, 0)))
+        begins = None
+        if position_ids is not None and position_ids.shape[-1] > 1:
+            # (T,), which stock models take too, or (B, T)
+            begins = position_ids[..., 1:] != position_ids[..., :-1] + 1
+        if separator is not None:
+            if input_ids is None:
+                raise ValueError(
+                    f"inputs_embeds is not allowed with cse_separator_token_id={separator}, which is looked for among "
+                    "tokens: pass input_ids."
+                )
+            behind = input_ids[:, :-1] == separator
+            begins = behind if begins is None else begins | behind
+        return cls(mask, None if begins is None else F.pad(begins.long().cumsum(-1), (1, 0)))
 
 
 def sequence_means(states: torch.Tensor, scope: SequenceScope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -99,15 +116,16 @@ class RoutingContext(NamedTuple):
     routes: dict | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, attention_mask, position_ids, given_clusters) -> "RoutingContext":
+    def of(cls, model: nn.Module, input_ids, attention_mask, position_ids, given_clusters) -> "RoutingContext":
         """
         The context of a forward pass of a base model.
 
         Raises:
             ValueError: labels that do not fit, or see `SequenceScope.of`.
         """
-        sequence = model.config.cse_routing == "sequence"
-        scope = SequenceScope.of(attention_mask, position_ids) if sequence else SequenceScope()
+        scope = SequenceScope()
+        if model.config.cse_routing == "sequence":
+            scope = SequenceScope.of(attention_mask, position_ids, input_ids, model.config.cse_separator_token_id)
         if given_clusters is not None and given_clusters.dtype not in (torch.int64, torch.int32):
             if not given_clusters.is_floating_point() or model.config.gate != "posterior":
                 raise ValueError(

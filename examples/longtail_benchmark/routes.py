@@ -115,12 +115,12 @@ def compare_rules(corpus: Corpus, size: int, seed: int, settings: ClusterSetting
         for smoothing, table in tables.items():
             sums = table[ids[held]].cumsum(1, dtype=np.float64) * discount
             for temper in TEMPERS:
-                posterior = log_softmax(temper * sums + np.log(fit.clustering.shares), axis=-1)
+                posterior = log_softmax(temper * sums + np.log(fit.shares), axis=-1)
                 right = np.take_along_axis(posterior, labels[held][:, None, None], axis=-1)
                 likelihoods[smoothing, temper] = float(right.mean())
         smoothing, temper = max(likelihoods, key=likelihoods.get)
         sums = tables[smoothing][validation].cumsum(1, dtype=np.float64) * discount
-        clusters = (temper * sums + np.log(fit.clustering.shares)).argmax(-1)
+        clusters = (temper * sums + np.log(fit.shares)).argmax(-1)
         row = {"rule": name, "smoothing": smoothing, "temper": temper}
         row["held_out_log_likelihood"] = likelihoods[smoothing, temper]
         rows.append(row | quality(experts[clusters], domains, corpus.mixture.shares))

@@ -77,6 +77,7 @@ def find_clusters(
     min_cluster_share: float | None = None,
     max_clusters: int | None = None,
     restarts: int = RESTARTS,
+    weights: np.ndarray | None = None,
 ) -> Clustering:
     """
     Clusters sequence embeddings. The same arguments give the same clusters, to the bit.
@@ -93,6 +94,7 @@ def find_clusters(
         seed: of the algorithm's random start, the projection, and the sample for silhouettes.
         projection, min_cluster_share: see `ClusterSettings`.
         restarts: of k-means, the best of which counts.
+        weights: (N,) for how much each sequence counts where k-means places its centres; None: all alike.
         max_clusters: how many the router can hold, None for no bound. Of more dense regions than that the largest
             stay, and the sequences of the others join their nearest cluster.
 
@@ -124,8 +126,8 @@ def find_clusters(
             points = directions(points)
         low, high = cast(tuple[int, int], settings.cluster_range)  # k-means is told a number
         if not isinstance(settings.num_clusters, tuple):
-            return describe_clusters(embeddings, _kmeans(points, low, seed, restarts))
-        labels, silhouette = _best_kmeans(points, low, min(high, len(points)), seed, restarts)
+            return describe_clusters(embeddings, _kmeans(points, low, seed, restarts, weights))
+        labels, silhouette = _best_kmeans(points, low, min(high, len(points)), seed, restarts, weights)
     clustering = describe_clusters(embeddings, labels)
     clustering.silhouette = silhouette
     return clustering
@@ -156,12 +158,12 @@ def directions(points: np.ndarray) -> np.ndarray:
     return (centered / length).astype(np.float32)
 
 
-def _kmeans(points: np.ndarray, count: int, seed: int, restarts: int) -> np.ndarray:
-    return KMeans(n_clusters=count, n_init=restarts, random_state=seed).fit_predict(points)
+def _kmeans(points: np.ndarray, count: int, seed: int, restarts: int, weights: np.ndarray | None) -> np.ndarray:
+    return KMeans(n_clusters=count, n_init=restarts, random_state=seed).fit_predict(points, sample_weight=weights)
 
 
 def _best_kmeans(
-    points: np.ndarray, low: int, high: int, seed: int, restarts: int
+    points: np.ndarray, low: int, high: int, seed: int, restarts: int, weights: np.ndarray | None
 ) -> tuple[np.ndarray, float | None]:
     """The labels with the largest silhouette among k = low..high, the smallest k of equals, and that silhouette."""
     sample = np.random.default_rng(seed).permutation(len(points))[:SILHOUETTE_SAMPLE]
@@ -169,7 +171,7 @@ def _best_kmeans(
     best: np.ndarray  # the labels of `low` at least
     best_score: float | None = None
     for count in range(low, high + 1):
-        labels = _kmeans(points, count, seed, restarts)
+        labels = _kmeans(points, count, seed, restarts, weights)
         score = _silhouette(distances, labels[sample])
         if count == low or (score is not None and (best_score is None or score > best_score)):
             best, best_score = labels, score

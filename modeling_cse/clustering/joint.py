@@ -14,7 +14,7 @@ from .settings import GIVEN, SEPARATION, ClusterSettings
 from .texts import cluster_texts, embed_texts
 
 
-# Two clusters that share less of their texts are not the same one (intersection over union).
+# Two clusters that share less of their tokens are not the same one (intersection over union).
 LEAST_OVERLAP = 0.2
 
 
@@ -25,6 +25,7 @@ class JointFit:
 
     Fields:
         labels (N,) int64: the cluster of each sampled text, -1 for none.
+        shares (K,) float64: of the tokens in each cluster.
         clustering: in the space of the texts.
         ownership: its `identities` are clusters known by their evidence, see `fit_texts`.
         evidence: of the clusters.
@@ -32,6 +33,7 @@ class JointFit:
     """
 
     labels: np.ndarray
+    shares: np.ndarray
     clustering: Clustering
     ownership: Ownership
     evidence: Evidence
@@ -73,23 +75,25 @@ def fit_texts(
         labels = clustering.labels
     # a cluster of which every text is held out would have none to be fitted on
     held = held & np.isin(labels, labels[~held])
-    evidence = Evidence.fit(ids, labels, clustering.shares, vocab_size, held)
+    lengths = (ids >= 0).sum(axis=1)
+    shares = np.bincount(labels[labels >= 0], lengths[labels >= 0]) / lengths[labels >= 0].sum()
+    evidence = Evidence.fit(ids, labels, shares, vocab_size, held)
     apart = separations(ids, labels, len(clustering), vocab_size) if settings.common_by == SEPARATION else None
     before = Evidence(identities.centroids.T, identities.radii).of_texts(ids)
     ownership = assign_experts(
         identities,
         evidence.table.T,
-        clustering.shares.astype(np.float32),
-        clustering.shares,
+        shares.astype(np.float32),
+        shares,
         common_share=cast(float | str, settings.common_share),
         num_experts=num_experts,
         patience=settings.patience,
-        matched=match_texts(before, len(identities), labels, len(clustering)),
+        matched=match_texts(before, len(identities), labels, len(clustering), lengths),
         separations=apart,
     )
     then = np.append(identities.experts, -1)[before]
-    ownership.parents = parents_of(ownership, labels, then)
-    fit = JointFit(labels, clustering, ownership, evidence)
+    ownership.parents = parents_of(ownership, labels, then, lengths)
+    fit = JointFit(labels, shares, clustering, ownership, evidence)
     fit.metrics = {
         "inherited": len(ownership.parents),
         "text_clarity": clustering.clarity,
@@ -98,7 +102,7 @@ def fit_texts(
     }
     owners = ownership.experts >= 0
     if apart is not None and owners.any():
-        fit.metrics["separation"] = float(np.average(apart[owners], weights=clustering.shares[owners]))
+        fit.metrics["separation"] = float(np.average(apart[owners], weights=shares[owners]))
     if clustering.silhouette is not None:
         fit.metrics["silhouette"] = clustering.silhouette
     if len(identities):
@@ -107,7 +111,7 @@ def fit_texts(
     return fit
 
 
-def parents_of(ownership: Ownership, labels: np.ndarray, then: np.ndarray) -> dict[int, int]:
+def parents_of(ownership: Ownership, labels: np.ndarray, then: np.ndarray, lengths: np.ndarray) -> dict[int, int]:
     """
     Which experts have served the texts of clusters that get an expert only now: a domain that falls into two clusters
     would lose, for the half that begins anew, all that its expert has learned.
@@ -116,26 +120,29 @@ def parents_of(ownership: Ownership, labels: np.ndarray, then: np.ndarray) -> di
         ownership: of the new clusters.
         labels: (N,) the new cluster of each text, -1 for none.
         then: (N,) the expert of each text before this fit, -1 for none.
+        lengths: (N,) tokens of each text.
 
     Returns:
-        Filled slots, and the slot that served more than half of their texts.
+        Filled slots, and the slot that served more than half of the tokens of their texts.
     """
     now, parents = np.append(ownership.experts, -1)[labels], {}
     for slot in ownership.filled:
-        served = then[now == slot]
-        counts = np.bincount(served[served >= 0], minlength=1)
-        if counts.max() > len(served) / 2:
+        own = now == slot
+        served, tokens = then[own], lengths[own]
+        counts = np.bincount(served[served >= 0], tokens[served >= 0], minlength=1)
+        if counts.max() > tokens.sum() / 2:
             parents[slot] = int(counts.argmax())
     return parents
 
 
-def match_texts(old_labels: np.ndarray, old: int, labels: np.ndarray, new: int) -> np.ndarray:
+def match_texts(old_labels: np.ndarray, old: int, labels: np.ndarray, new: int, lengths: np.ndarray) -> np.ndarray:
     """
-    The old cluster that each new one continues, (new,) int64, -1 for a new one: the assignment that shares most texts.
+    The old cluster that each new one continues, (new,) int64, -1 for a new one: the assignment that shares most text.
 
     Args:
         old_labels: (N,) the old cluster of each text, one of `old`.
         labels: (N,) the new one, one of `new`, -1 for none.
+        lengths: (N,) tokens of each text.
     """
     matched = np.full(new, -1, np.int64)
     if not old:
@@ -143,8 +150,8 @@ def match_texts(old_labels: np.ndarray, old: int, labels: np.ndarray, new: int) 
     overlap = np.zeros((new, old))
     for cluster in range(new):
         for other in range(old):
-            both = (labels == cluster) & (old_labels == other)
-            overlap[cluster, other] = both.sum() / max(((labels == cluster) | (old_labels == other)).sum(), 1)
+            both = lengths[(labels == cluster) & (old_labels == other)].sum()
+            overlap[cluster, other] = both / max(lengths[(labels == cluster) | (old_labels == other)].sum(), 1)
     for row, column in zip(*linear_sum_assignment(-overlap), strict=True):
         if overlap[row, column] >= LEAST_OVERLAP:
             matched[row] = column

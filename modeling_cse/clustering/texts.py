@@ -60,7 +60,8 @@ def embed_texts(ids: np.ndarray, vocab_size: int, seed: int) -> np.ndarray:
 
 def cluster_texts(ids: np.ndarray, vocab_size: int, settings: ClusterSettings, max_clusters: int) -> Clustering:
     """
-    Finds clusters of texts, in the space of `embed_texts`.
+    Finds clusters of texts, in the space of `embed_texts`. A text counts by its tokens: the end of a document that a
+    row has cut off says little of what documents are about.
 
     Args:
         ids: (N, L) token ids, -1 behind the end of a text.
@@ -72,6 +73,7 @@ def cluster_texts(ids: np.ndarray, vocab_size: int, settings: ClusterSettings, m
         ValueError: see `find_clusters`.
     """
     low, high = cast(tuple[int, int], settings.cluster_range)  # k-means is told a number
+    lengths = (ids >= 0).sum(axis=1)
     return find_clusters(
         embed_texts(ids, vocab_size, settings.seed),
         "kmeans",
@@ -79,4 +81,5 @@ def cluster_texts(ids: np.ndarray, vocab_size: int, settings: ClusterSettings, m
         settings.seed,
         max_clusters=max_clusters,
         restarts=RESTARTS,
+        weights=lengths / lengths.max(),
     )

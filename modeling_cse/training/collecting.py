@@ -176,7 +176,8 @@ class FeatureCollector:
         self._waiting = set()
         if not self.enabled or (self.training_only and not self.base.training):
             return
-        self._scope = SequenceScope.of(attention_mask, position_ids)
+        separator = self.base.config.cse_separator_token_id
+        self._scope = SequenceScope.of(attention_mask, position_ids, input_ids, separator)
         soft = given_clusters is not None and given_clusters.is_floating_point()
         self._labels = given_clusters.argmax(-1) if soft else given_clusters
         if self.with_ids and input_ids is None:

@@ -53,9 +53,24 @@ def test_the_same_texts_churn_nothing():
 def test_shared_texts_match_clusters():
     old = np.array([0] * 10 + [1] * 10 + [2] * 10)
     new = np.array([2] * 10 + [0] * 10 + [1] * 10)
-    assert match_texts(old, 3, new, 3).tolist() == [1, 2, 0]
-    assert match_texts(old, 0, new, 3).tolist() == [-1, -1, -1]
-    assert match_texts(old, 3, np.where(new == 2, -1, new), 2).tolist() == [1, 2]
+    lengths = np.full(30, 20)
+    assert match_texts(old, 3, new, 3, lengths).tolist() == [1, 2, 0]
+    assert match_texts(old, 0, new, 3, lengths).tolist() == [-1, -1, -1]
+    assert match_texts(old, 3, np.where(new == 2, -1, new), 2, lengths).tolist() == [1, 2]
+
+
+def test_a_text_counts_by_its_tokens():
+    """Six short texts of another cluster are less than two long ones: for shares, what is common, and matching."""
+    ids, domains = np.full((8, 40), -1), np.array([0, 0, 1, 1, 1, 1, 1, 1])
+    ids[:2] = np.arange(40, 60).repeat(2)
+    ids[2:, :8] = np.arange(60, 68)
+    found = fit(ids, given=domains, algorithm="given", num_clusters=None, common_share=0.5, common_by="size")
+    np.testing.assert_allclose(found.shares, [80 / 128, 48 / 128])
+    assert found.ownership.experts.tolist() == [-1, 0]
+    lengths = (ids >= 0).sum(axis=1)
+    joined = np.zeros(8, np.int64)
+    assert match_texts(domains, 2, joined, 1, lengths).tolist() == [0]
+    assert match_texts(domains, 2, joined, 1, np.ones(8)).tolist() == [1]
 
 
 @pytest.mark.parametrize("shared", [3, 4])
@@ -64,7 +79,8 @@ def test_too_little_overlap_is_a_new_cluster(shared):
     old = np.array([0] * 10 + [1] * (10 - shared))
     new = np.array([1] * (10 - shared) + [0] * 10)
     assert shared / (20 - shared) < LEAST_OVERLAP or shared == 4
-    assert match_texts(np.where(old == 1, 1, 0), 1, new, 1).tolist() == [-1 if shared == 3 else 0]
+    found = match_texts(np.where(old == 1, 1, 0), 1, new, 1, np.full(len(new), 20))
+    assert found.tolist() == [-1 if shared == 3 else 0]
 
 
 def test_an_absent_cluster_is_waited_for_until_patience_ends():

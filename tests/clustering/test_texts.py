@@ -23,6 +23,15 @@ def test_made_up_vocabularies_are_found(num_clusters):
     assert (found.silhouette is None) == (num_clusters == 3)
 
 
+def test_ends_of_documents_do_not_decide():
+    """Many texts of a token or two, of one vocabulary of their own, take no cluster from the whole ones."""
+    ids, domains = texts()
+    ends = np.full((96, ids.shape[1]), -1, np.int32)
+    ends[:, 0], ends[::2, 1] = np.arange(96) % 5 + 5, 7
+    found = cluster_texts(np.concatenate([ids, ends]), VOCAB, ClusterSettings("text", 3), 16)
+    assert adjusted_rand_score(domains, found.labels[:64]) == 1
+
+
 def test_the_same_seed_gives_the_same_clusters():
     ids, _ = texts(own=0.2)
     first, again = (cluster_texts(ids, VOCAB, ClusterSettings("text", 5, seed=3), 16) for _ in range(2))
@@ -46,7 +55,7 @@ def test_very_few_texts_are_clusters_too(ids):
     assert len(cluster_texts(np.array(ids), VOCAB, ClusterSettings("text", 1), 16)) == 1
 
 
-def test_the_default_number_is_fourteen():
+def test_the_default_number_is_ten():
     assert ClusterSettings("text").cluster_range == (10, 10) and ClusterSettings().cluster_range == (6, 6)
 
 

@@ -79,6 +79,7 @@ WRONG_FLAGS = {
     "cse_num_experts": [*NOT_A_COUNT, None, 1024],
     "cse_expert_size": [*NOT_A_COUNT[:-4], 2**70, np.int64(64), 4, 12, 68],
     "cse_max_clusters": NOT_A_COUNT,
+    "cse_separator_token_id": [*NOT_A_COUNT[1:], 2**60],
     "cse_radius_scaling": NOT_A_BOOL,
     "output_router_logits": NOT_A_BOOL,
     "output_cluster_ids": NOT_A_BOOL,
@@ -90,6 +91,7 @@ FLAGS = {
     "cse_routing": ["discriminant", "evidence", "sequence", "given"],
     "cse_radius_scaling": [True, False],
     "cse_max_clusters": [None, 1, 2, 5, 17, 40],
+    "cse_separator_token_id": [None, None, 3],
     "output_router_logits": [False, True],
     "output_cluster_ids": [False, True],
 }

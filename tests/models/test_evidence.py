@@ -119,6 +119,33 @@ def test_packed_documents_are_texts_of_their_own(family, per_row):
     assert all(torch.equal(clusters, alone) for clusters in found)
 
 
+@pytest.mark.parametrize(("family", "head"), LANGUAGE_HEADS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_separator_ends_a_text(family, head, side):
+    """Its own text: what is behind it begins anew, also where padding is the same token."""
+    model, documents = evidence_model(family, cse_separator_token_id=3), []
+    for length in (7, 4, 9):
+        documents.append(token_ids(2, length, seed=length))
+        documents[-1][:, -1] = 3
+    ids = torch.cat(documents, 1)
+    padding = (5, 0) if side == "left" else (0, 5)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), padding)
+    padded = torch.nn.functional.pad(ids, padding, value=3)
+    found = outputs_of(model, padded, attention_mask=mask).cluster_ids
+    alone = torch.cat([outputs_of(model, document).cluster_ids[0] for document in documents], 1)
+    assert all(torch.equal(clusters[mask.bool()].view_as(ids), alone) for clusters in found)
+    assert not torch.equal(outputs_of(evidence_model(family), ids).cluster_ids[0], alone)
+
+
+def test_separators_and_positions_are_read_together():
+    model, ids = evidence_model(cse_separator_token_id=3), token_ids(3, 16)
+    ids[:, 4] = 3
+    positions = torch.cat([torch.arange(10), torch.arange(6)])
+    found = outputs_of(model, ids, position_ids=positions).cluster_ids[0]
+    texts = ids[:, :5], ids[:, 5:10], ids[:, 10:]
+    assert torch.equal(found, torch.cat([outputs_of(model, text).cluster_ids[0] for text in texts], 1))
+
+
 def test_routes_are_exact_however_long_a_row_is():
     """What would round in fp32: much evidence before the document whose clusters lie a step apart."""
     router = evidence_model().base_model.evidence_router
@@ -155,8 +182,8 @@ def prompts(rows: slice = slice(None)) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
-def generating():
-    model = evidence_model()
+def generating(**flags):
+    model = evidence_model(**flags)
     model.generation_config = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=0)
     return model
 
@@ -187,6 +214,19 @@ def test_greedy_equals_full_forwards(way):
     wanted = by_full_forwards(model)
     assert torch.equal(model.generate(**prompts(), **WAYS[way])[:, -NEW:], wanted)
     assert len(wanted.unique()) > 5
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_separator_in_a_prompt_begins_anew(way):
+    model, inputs = generating(cse_separator_token_id=3), prompts()
+    inputs["input_ids"][:, -2] = 3  # behind it the prompts are a token long, and alike
+    inputs["input_ids"][:, -1] = 40
+    found = model.generate(**inputs, **WAYS[way])
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, NEW), value=1)
+    whole = outputs_of(model, found, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+    assert torch.equal(whole.logits[:, -NEW - 1 : -1].argmax(-1), found[:, -NEW:])
+    alone = model.base_model.read_clusters(found[:, -NEW - 1 :])
+    assert torch.equal(model.base_model.read_clusters(found)[:, -NEW - 1 :], alone)
 
 
 @pytest.mark.parametrize("search", [{"do_sample": True, "top_k": 0}, {"num_beams": 3}], ids=str)

@@ -38,13 +38,20 @@ def owning(*experts: int, filled: list[int]) -> Ownership:
 )
 def test_a_parent_has_served_most_of_the_texts(then, parents):
     labels = np.array([0, 0, 1, 1, 1, 1])
-    assert parents_of(owning(-1, 1, filled=[1]), labels, np.array(then)) == parents
-    assert parents_of(owning(-1, 1, filled=[]), labels, np.array(then)) == {}
+    lengths = np.full(6, 20)
+    assert parents_of(owning(-1, 1, filled=[1]), labels, np.array(then), lengths) == parents
+    assert parents_of(owning(-1, 1, filled=[]), labels, np.array(then), lengths) == {}
+
+
+def test_long_texts_count_for_more():
+    labels, then = np.array([0, 1, 1, 1, 1]), np.array([-1, -1, -1, -1, 0])
+    assert parents_of(owning(-1, 1, filled=[1]), labels, then, np.array([20, 5, 5, 5, 20])) == {1: 0}
+    assert parents_of(owning(-1, 1, filled=[1]), labels, then, np.array([20, 5, 5, 10, 20])) == {}
 
 
 def test_texts_without_a_cluster_make_no_parent():
     labels, then = np.array([0, 1, -1, -1, -1]), np.array([-1, -1, 0, 0, 0])
-    assert parents_of(owning(-1, 1, filled=[1]), labels, then) == {}
+    assert parents_of(owning(-1, 1, filled=[1]), labels, then, np.full(5, 20)) == {}
 
 
 def features(ids: torch.Tensor) -> RoutingFeatures:

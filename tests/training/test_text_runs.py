@@ -203,11 +203,17 @@ def test_from_dense_takes_evidence(layers):
     assert sorted(owners(model)) == [-1, 0, 1] and len(model.config.cse_layer_indices) == 2
 
 
-def test_packed_documents_are_sampled_as_texts():
-    model = tiny_model("gpt2", cse_routing="evidence")
+@pytest.mark.parametrize("told_by", ["positions", "separator"])
+def test_packed_documents_are_sampled_as_texts(told_by):
+    separator = 3 if told_by == "separator" else None
+    model = tiny_model("gpt2", cse_routing="evidence", cse_separator_token_id=separator)
     ids = torch.cat([row["input_ids"] for row in rows(64, LENGTH)]).view(32, 48)
-    positions = torch.arange(24).repeat(2).expand(32, -1)
-    fit_experts(model, [{"input_ids": ids, "position_ids": positions}], **{**TEXT, "sample_size": 64})
+    if told_by == "separator":
+        ids[:, LENGTH - 1 :: LENGTH] = 3
+        batch = {"input_ids": ids}
+    else:
+        batch = {"input_ids": ids, "position_ids": torch.arange(LENGTH).repeat(2).expand(32, -1)}
+    fit_experts(model, [batch], **{**TEXT, "sample_size": 64})
     assert sorted(owners(model)) == [-1, 0, 1]
     assert routed_module(model, 1).router.cluster_sizes[:3].sort().values.tolist() == [16, 16, 32]
 
