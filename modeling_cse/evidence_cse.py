@@ -38,9 +38,9 @@ class EvidenceRouter(RoutingState):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.causal = config.reads_left_to_right
         self.gate = config.gate
-        self.separator = config.cse_separator_token_id
         self.shape = (config.vocab_size, config.max_clusters)
         self.register_state()
 
@@ -147,7 +147,7 @@ class EvidenceRouter(RoutingState):
         Raises:
             ValueError: the mask is of another shape.
         """
-        scope = SequenceScope.of(attention_mask, position_ids, input_ids, self.separator)
+        scope = SequenceScope.of(attention_mask, position_ids, input_ids, self.config.cse_separator_token_id)
         batch, length = input_ids.shape
         if scope.mask is not None and scope.mask.shape not in ((batch, length), (1, length)):
             raise ValueError(

@@ -159,7 +159,7 @@ class _Encoder:
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
-        return ids if self.masked else [document + [self.tokenizer.eos_token_id] for document in ids]
+        return ids if self.masked else [[*document, end_token_id(self.tokenizer)] for document in ids]
 
 
 class _Cutter:
@@ -203,6 +203,17 @@ def _stream_blocks(dataset: Dataset | IterableDataset, encoder: _Encoder, cutter
         _check_filled(
             {name: len(ids) for name, ids in cutter.waiting.items()}, cutter.block_size, encoder.domain_column
         )
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """
+    The token that ends each document in the blocks of `pack`: what `cse_separator_token_id` is to be where blocks hold
+    several documents.
+
+    Raises:
+        ValueError: a tokenizer without such a token.
+    """
+    return tokenizer.sep_token_id if _is_masked(tokenizer) else tokenizer.eos_token_id
 
 
 def _token_features() -> Features:

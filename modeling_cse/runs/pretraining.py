@@ -26,6 +26,7 @@ from transformers import (
 from .. import CSEBertConfig, CSEBertForMaskedLM, CSEGPT2Config, CSEGPT2ForCausalLM
 from ..data import (
     FreshMasks,
+    end_token_id,
     label_at_random,
     label_by_domain,
     load_corpus,
@@ -288,6 +289,8 @@ class Pretraining:
             if model.config_overrides:
                 config.update_from_string(model.config_overrides)
                 config.validate_cse_flags()
+        if model.separate_documents:
+            config.cse_separator_token_id = end_token_id(self.tokenizer)
         if self.data_arguments.block_size > config.max_position_embeddings:
             raise ValueError(
                 f"block_size={self.data_arguments.block_size} is not allowed: the model has "

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, default_data_collator
 
-from modeling_cse.data import pack, split_by_domain, train_tokenizer
+from modeling_cse.data import end_token_id, pack, split_by_domain, train_tokenizer
 
 
 DOMAINS = ("general", "law", "medicine")
@@ -88,6 +88,13 @@ def test_bert_documents_are_wrapped_and_the_collator_masks_them(tokenizers):
     batch = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5, seed=0)([packed[i] for i in range(8)])
     special = (torch.tensor(packed[:8]["input_ids"]) == tokenizer.cls_token_id).nonzero(as_tuple=True)
     assert (batch["labels"] != -100).any() and (batch["labels"][special] == -100).all()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_the_end_token_is_told(tokenizers, kind):
+    end, blocks = end_token_id(tokenizers[kind]), pack(Dataset.from_list(ROWS), tokenizers[kind], block_size=32)
+    ends = sum(ids.count(end) for ids in blocks["input_ids"])
+    assert len(ROWS) - 32 < ends <= len(ROWS)  # the last block is dropped
 
 
 def test_blocks_never_mix_domains(tokenizers):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from modeling_cse.runs import BERT, GPT2, pretrain, write_run_card
 
@@ -128,6 +128,10 @@ def test_the_saved_model_loads_by_its_name_alone(gpt2_run):
     assert all(ffn.router.num_clusters == 3 for ffn in model.base_model.routed_modules().values())
 
 
+def test_rows_are_one_text_by_default(gpt2_run):
+    assert AutoConfig.from_pretrained(gpt2_run[0] / "cse").cse_separator_token_id is None
+
+
 def test_a_finished_run_is_not_trained_again(gpt2_run):
     folder, report = gpt2_run
     before = (folder / "cse" / "model.safetensors").stat().st_mtime_ns
@@ -136,10 +140,13 @@ def test_a_finished_run_is_not_trained_again(gpt2_run):
 
 
 def test_bert_runs_by_the_same_script(tmp_path):
-    report = pretrain(BERT, flags(tmp_path / "run", "bert", eval_strategy="no", eval_steps=None))
+    changes = {"eval_strategy": "no", "eval_steps": None, "separate_documents": True}
+    report = pretrain(BERT, flags(tmp_path / "run", "bert", **changes))
     assert set(report["perplexity"]["dense"]) == {"general", "legal", "medical", "all"}
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "cse")
     assert type(model).__name__ == "CSEBertForMaskedLM"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "cse")
+    assert model.config.cse_separator_token_id == tokenizer.sep_token_id
 
 
 def test_it_goes_on_from_a_dense_checkpoint(tmp_path, gpt2_run):
@@ -162,6 +169,7 @@ def test_it_goes_on_from_a_dense_checkpoint(tmp_path, gpt2_run):
                 config_overrides=None,
                 tokenizer_vocab_size=None,
                 compare_with_dense=False,
+                separate_documents=True,
             ),
             "--cse_layers",
             "-1",
@@ -169,6 +177,7 @@ def test_it_goes_on_from_a_dense_checkpoint(tmp_path, gpt2_run):
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "cse")
     assert list(model.base_model.routed_modules()) == [(2, "ffn")] and set(report["perplexity"]) == {"cse"}
+    assert model.config.cse_separator_token_id == model.config.eos_token_id
 
 
 @pytest.mark.parametrize(
