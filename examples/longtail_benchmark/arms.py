@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from modeling_cse import ClusterExpertsCallback, CSEBertConfig, CSEBertForMaskedLM, CSEGPT2Config, CSEGPT2ForCausalLM
-from modeling_cse.data import label_at_random, label_by_domain
+from modeling_cse.data import end_token_id, label_at_random, label_by_domain
 from modeling_cse.evaluation.switch import (
     SwitchBertConfig,
     SwitchBertForMaskedLM,
@@ -40,7 +40,8 @@ class Arm:
 
     Fields:
         kind: "dense", "switch" (learned top-1 routing) or "cse".
-        model: config values beside those of the size.
+        model: config values beside those of the size. `cse_separator_token_id: end` is the token that ends a document
+            of the corpus.
         clusters: arguments of `ClusterExpertsCallback` (kind "cse").
         control: clusters that come with the data in place of found ones: "oracle" (the domain) or "random" (of the
             domains' sizes).
@@ -110,6 +111,8 @@ def build_config(arm: Arm, family: str, size: dict[str, Any], tokenizer: PreTrai
     if arm.kind == "dense":
         values["cse_layers"] = []
     values |= arm.model
+    if values.get("cse_separator_token_id") == "end":
+        values["cse_separator_token_id"] = end_token_id(tokenizer)
     if arm.control:
         values["cse_routing"] = "given"
     return config_class(**values)

@@ -50,6 +50,12 @@ def test_every_role_has_its_arm():
     assert set(asdict(Roles()).values()) <= set(ARMS)
 
 
+def test_documents_end_with_the_token_of_the_corpus(tokenizer):
+    config = build_config(ARMS["cse_documents"], "gpt2", CPU.config, tokenizer)
+    assert config.cse_separator_token_id == tokenizer.eos_token_id
+    assert build_config(ARMS["cse"], "gpt2", CPU.config, tokenizer).cse_separator_token_id is None
+
+
 @pytest.mark.parametrize(("family", "size"), [("gpt2", "cpu"), ("bert", "cpu_bert")])
 def test_the_default_arm_is_what_the_library_does_by_default(family, size, tokenizer):
     size = Size.load(size).config
