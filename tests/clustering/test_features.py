@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import adjusted_mutual_info_score
+from tiny import tiny_model
 
 from modeling_cse.clustering import FeatureStore, RoutingFeatures, find_clusters, sample_features
 from modeling_cse.routing_cse import SequenceScope, sequence_means
@@ -58,6 +59,22 @@ def test_left_padding_with_positions_is_one_sequence(filler):
         own = index[row][mask[row].bool()]
         assert (own == own[0]).all()
         torch.testing.assert_close(means[own[0]], states[row][mask[row].bool()].mean(0))
+
+
+def test_a_separator_ends_a_document():
+    """The same documents as by positions; beside them, both count."""
+    ids, positions = torch.tensor([[5, 3, 6, 6, 3, 7], [3, 5, 5, 6, 6, 6]]), positions_of(2, 4)
+    by_token = SequenceScope.of(None, None, ids, 3)
+    assert by_token.segments.tolist() == [[0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1]]
+    assert SequenceScope.of(None, positions, ids, 3).segments.tolist() == [[0, 0, 1, 1, 1, 2], [0, 1, 2, 2, 2, 2]]
+    assert SequenceScope.of(None, None, ids[:, :1], 3).segments.tolist() == [[0], [0]]
+    assert SequenceScope.of(None, None, ids).segments is None
+
+
+def test_a_separator_among_embeddings_is_refused():
+    model = tiny_model("bert", cse_routing="sequence", cse_separator_token_id=3)
+    with pytest.raises(ValueError, match="inputs_embeds is not allowed with cse_separator_token_id=3"):
+        model(inputs_embeds=torch.zeros(2, 5, 32))
 
 
 def test_one_row_of_positions_stands_for_all_rows():

@@ -340,9 +340,11 @@ def test_checkpointed_activations_give_the_same_loss_and_gradients(family, head)
 
 @ONE_GRAPH
 @pytest.mark.parametrize(("family", "head"), LANGUAGE_HEADS)
-def test_one_graph_equals_eager_also_when_evidence_changes(family, head):
+@pytest.mark.parametrize("separated", [False, True])
+def test_one_graph_equals_eager_also_when_evidence_changes(family, head, separated):
     torch._dynamo.reset()
-    model, batch = evidence_model(family), labelled(family, head)
+    batch = labelled(family, head)
+    model = evidence_model(family, cse_separator_token_id=int(batch["input_ids"][0, 4]) if separated else None)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for seed in (0, 1):
         activate(model, seed)
