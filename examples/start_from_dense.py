@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from modeling_cse import ClusterExpertsCallback, from_dense
-from modeling_cse.data import load_corpus, pack, split_by_domain, train_tokenizer
+from modeling_cse.data import end_token_id, load_corpus, pack, split_by_domain, train_tokenizer
 from modeling_cse.evaluation import PerplexityByDomain, token_losses
 
 
@@ -108,8 +108,10 @@ def main() -> None:
     checkpoint = options.checkpoint or train_dense(blocks, tokenizer, options)
     print_perplexity("dense", AutoModelForCausalLM.from_pretrained(checkpoint), validation)
 
+    # blocks hold documents of all domains: behind the token that ends one, another text begins
+    documents = {"cse_separator_token_id": end_token_id(tokenizer)}
     model, found = from_dense(
-        checkpoint, blocks, cse_layers="auto", sample_size=2048, output_fit_info=True
+        checkpoint, blocks, cse_layers="auto", sample_size=2048, output_fit_info=True, **documents
     )
     clarity = {layer: round(value, 2) for layer, value in found["clarity"].items()}
     print(f"experts in layers {found['cse_layers']}, where clusters are clearest: {clarity}")

@@ -133,21 +133,25 @@ class EvidenceRouter(RoutingState):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        separated: bool = True,
     ) -> torch.Tensor:
         """
         Log posterior of each cluster up to a constant of the token, whatever the gate makes of it: (B, T, C) fp32, the
-        lowest float for rows not in use. Padding adds nothing, so that the last column is that of a row's whole text.
+        lowest float for rows not in use. Padding adds nothing, so that the last column is that of a row's whole text,
+        of the last one where a row has several.
 
         Args:
             input_ids: (B, T) whole texts, from their first token on.
             attention_mask: (B, T), 0 at padding, which says nothing.
             position_ids: (B, T) or (T,); where they start again, another text begins, as it does behind a
                 `cse_separator_token_id`.
+            separated: False reads a row as one text whatever separators it holds.
 
         Raises:
             ValueError: the mask is of another shape.
         """
-        scope = SequenceScope.of(attention_mask, position_ids, input_ids, self.config.cse_separator_token_id)
+        separator = self.config.cse_separator_token_id if separated else None
+        scope = SequenceScope.of(attention_mask, position_ids, input_ids, separator)
         batch, length = input_ids.shape
         if scope.mask is not None and scope.mask.shape not in ((batch, length), (1, length)):
             raise ValueError(

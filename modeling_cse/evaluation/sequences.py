@@ -81,7 +81,8 @@ def sequence_clusters(model: nn.Module, batches: Batches) -> SequenceClusters:
 
     Args:
         model: a CSE head or base model with clusters, which is put into evaluation mode.
-        batches: dicts of tensors with `input_ids` (B, T), one text a row; labels are ignored.
+        batches: dicts of tensors with `input_ids` (B, T); labels are ignored. A row is one sequence, whatever
+            separators it holds.
 
     Raises:
         ValueError: the model has no layer with experts, or its last one no clusters.
@@ -103,7 +104,7 @@ def _by_evidence(base: nn.Module, batches: Batches):
     count = int((router.log_shares > torch.finfo(torch.float32).min).sum())
     ids, agreement, whole = [], [], []
     for inputs, mask in _inputs(base, batches):
-        scores = router.scores(inputs["input_ids"], inputs.get("attention_mask"))[..., :count].cpu()
+        scores = router.scores(inputs["input_ids"], inputs.get("attention_mask"), separated=False)[..., :count].cpu()
         ids.append(inputs["input_ids"].cpu().masked_fill(~mask, -1))
         whole.append(scores[:, -1].double())
         agreement.append(_agreement(scores.argmax(-1), whole[-1].argmax(-1), mask))
@@ -119,7 +120,7 @@ def _by_evidence(base: nn.Module, batches: Batches):
 
 def _by_states(base: nn.Module, batches: Batches):
     site, module = list(base.routed_modules().items())[-1]
-    collector = FeatureCollector(base, capacity=1 << 40, tokens_per_sequence=1, training_only=False)
+    collector = FeatureCollector(base, 1 << 40, tokens_per_sequence=1, training_only=False, separated=False)
     collector.attach([site])
     collector.enabled = True
     ids, routes, masks = [], [], []

@@ -67,7 +67,9 @@ class ModelArguments:
     cse_routing: str | None = _flag(None, "discriminant, evidence or sequence; default: as the config says.")
     cse_gate: str | None = _flag(None, "hard or posterior; default: as the config says.")
     cse_max_clusters: int | None = _flag(None, "Clusters a router can hold; default: as the config says.")
-    separate_documents: bool = _flag(False, "Routes and clusters begin anew at each document of a block.")
+    separate_documents: bool | None = _flag(
+        None, "Routes and clusters begin anew at each document of a block. Default: if no domain_column parts them."
+    )
 
     def __post_init__(self):
         layers = self.cse_layers

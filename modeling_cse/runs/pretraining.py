@@ -289,7 +289,8 @@ class Pretraining:
             if model.config_overrides:
                 config.update_from_string(model.config_overrides)
                 config.validate_cse_flags()
-        if model.separate_documents:
+        separate = model.separate_documents
+        if self.data_arguments.domain_column is None if separate is None else separate:
             config.cse_separator_token_id = end_token_id(self.tokenizer)
         if self.data_arguments.block_size > config.max_position_embeddings:
             raise ValueError(

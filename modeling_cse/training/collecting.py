@@ -110,6 +110,7 @@ class FeatureCollector:
         tokens_per_sequence: tokens sampled of each, for the discriminant.
         training_only: record nothing while the model is in evaluation mode.
         with_ids: keep the token ids of the sequences too, at every site.
+        separated: documents of a row that `cse_separator_token_id` parts are sequences of their own.
     """
 
     def __init__(
@@ -119,12 +120,14 @@ class FeatureCollector:
         tokens_per_sequence: int = 8,
         training_only: bool = True,
         with_ids: bool = False,
+        separated: bool = True,
     ):
         self.base = routed_base_model(model)
         self.stores = {site: FeatureStore(capacity) for site in self.base.routed_modules()}
         self.tokens_per_sequence = tokens_per_sequence
         self.training_only = training_only
         self.with_ids = with_ids
+        self.separated = separated
         self.enabled = False
         self._signature = inspect.signature(self.base.forward)
         self._sites: set[Site] = set()
@@ -176,7 +179,7 @@ class FeatureCollector:
         self._waiting = set()
         if not self.enabled or (self.training_only and not self.base.training):
             return
-        separator = self.base.config.cse_separator_token_id
+        separator = self.base.config.cse_separator_token_id if self.separated else None
         self._scope = SequenceScope.of(attention_mask, position_ids, input_ids, separator)
         soft = given_clusters is not None and given_clusters.is_floating_point()
         self._labels = given_clusters.argmax(-1) if soft else given_clusters

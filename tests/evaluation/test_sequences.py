@@ -82,6 +82,17 @@ def test_clusters_by_evidence_are_the_likeliest_of_the_whole_text(gate, side):
     )
 
 
+@pytest.mark.parametrize("routing", ["evidence", "discriminant"])
+def test_a_row_is_one_sequence_whatever_it_holds(routing):
+    ids = token_ids(6, 40)
+    found = []
+    for separator in (None, int(ids[0, 20])):
+        model = activate(tiny_model("gpt2", cse_routing=routing, cse_separator_token_id=separator))
+        found.append(sequence_clusters(model, batches(ids)))
+    for name in ("embeddings", "distances", "clusters", "agreement"):
+        np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
+
+
 def test_sure_texts_are_told_apart_too():
     """Their posterior is 1 in fp64, and they are still in order."""
     model = activate(tiny_model("gpt2", cse_routing="evidence"))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from tiny import tiny_config
+from transformers import AutoConfig
 
 from modeling_cse.data import load_corpus
 from modeling_cse.runs import compare, comparison
@@ -130,6 +131,8 @@ def test_routes_by_hidden_states_are_told_as_such(corpus, tmp_path):
         assert wrong not in page
     measured = [part["clarity"] for part in seed["clusters"] if part["share"] > 0]  # a cluster may have no sequence
     assert len(measured) > 1 and all(-1 <= clarity <= 1 for clarity in measured)
+    config = AutoConfig.from_pretrained(tmp_path / "run" / "seed_0" / "cse")
+    assert config.cse_separator_token_id == config.eos_token_id  # no domain column parts the documents
 
 
 def test_what_is_done_is_not_done_again_and_more_seeds_may_come(with_domains, corpus, monkeypatch, tmp_path):

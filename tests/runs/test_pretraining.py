@@ -128,7 +128,7 @@ def test_the_saved_model_loads_by_its_name_alone(gpt2_run):
     assert all(ffn.router.num_clusters == 3 for ffn in model.base_model.routed_modules().values())
 
 
-def test_rows_are_one_text_by_default(gpt2_run):
+def test_rows_of_one_domain_are_one_text(gpt2_run):
     assert AutoConfig.from_pretrained(gpt2_run[0] / "cse").cse_separator_token_id is None
 
 
