@@ -35,18 +35,21 @@ def read_ahead(
 ) -> None:
     """
     Fills a collector with rows drawn at random from the training data, one forward pass each in evaluation mode. The
-    sample is the same however many processes there are. What training draws at random stays as it is.
+    sample is the same however many processes there are, where a row is one text. What training draws at random stays
+    as it is.
 
     Args:
         collector: of the training, attached.
         model: a CSE model or head for which `can_read_ahead` holds.
         dataloader: of the training; its collator makes the batches.
         batch_size: rows of a batch and process.
-        sample_size: rows, over all processes.
+        sample_size: sequences, over all processes.
         seed: of the draw.
     """
+    # Where rows hold several texts, processes have them at different batches, and none may stop before the others.
+    enough = sample_size if world_size() == 1 else None
     with _random_numbers_kept(seed):
-        read_batches_of(collector, model, _batches(dataloader, batch_size, sample_size, seed), sample_size)
+        read_batches_of(collector, model, _batches(dataloader, batch_size, sample_size, seed), enough)
 
 
 def _batches(dataloader: DataLoader, batch_size: int, sample_size: int, seed: int) -> Iterator[dict[str, Any]]:

@@ -212,7 +212,7 @@ class FeatureCollector:
 
 @torch.no_grad()
 def read_batches_of(
-    collector: FeatureCollector, model: nn.Module, batches: Iterable[Mapping[str, Any]], sample_size: int
+    collector: FeatureCollector, model: nn.Module, batches: Iterable[Mapping[str, Any]], sample_size: int | None
 ) -> None:
     """
     Fills a collector by forward passes in evaluation mode, until each of its stores has seen `sample_size` sequences.
@@ -221,7 +221,7 @@ def read_batches_of(
         collector: of the model, attached or not; it stays as it is.
         model: a CSE model or head; its mode is kept.
         batches: of this process, dicts of tensors. What a base model does not take is left out.
-        sample_size: sequences.
+        sample_size: sequences; None reads all batches.
     """
     # FSDP gathers what lies outside of the blocks when the whole model is called
     spread = any(is_sharded(parameter) for parameter in model.parameters())
@@ -232,7 +232,7 @@ def read_batches_of(
     try:
         for batch in batches:
             asked(**{name: value.to(device) for name, value in batch.items() if name in INPUTS})
-            if min(store.seen for store in collector.stores.values()) >= sample_size:
+            if sample_size is not None and min(store.seen for store in collector.stores.values()) >= sample_size:
                 break
     finally:
         collector.enabled, collector.training_only = before

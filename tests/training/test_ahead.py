@@ -121,6 +121,23 @@ def test_random_numbers_of_data_and_collator_are_given_back():
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize(("processes", "passes"), [(1, 2), (2, 4)])
+def test_processes_read_as_many_batches_however_many_documents_they_hold(monkeypatch, processes, passes):
+    """Rows of three documents: one process has enough after two batches, of two none may stop before the other."""
+    model, data = evidence_model(cse_separator_token_id=3), []
+    for row in DATA:
+        ids = row["input_ids"].clone()
+        ids[[7, 15]] = 3
+        data.append({**row, "input_ids": ids})
+    monkeypatch.setattr(ahead, "world_size", lambda: processes)
+    collector, calls = FeatureCollector(model, 64), []
+    collector.attach()
+    model.base_model.register_forward_pre_hook(lambda *args: calls.append(1))
+    loader = DataLoader(data, collate_fn=default_data_collator)
+    ahead.read_ahead(collector, model, loader, 8 // processes, 32, seed=0)
+    assert len(calls) == passes and {store.seen for store in collector.stores.values()} == {48}
+
+
 @pytest.mark.parametrize("count", [32, 37])
 def test_any_number_of_processes_reads_the_same_rows(monkeypatch, count):
     loader = DataLoader(DATA, collate_fn=lambda batch: [int(row["input_ids"].sum()) for row in batch])
