@@ -108,10 +108,13 @@ def main() -> None:
     checkpoint = options.checkpoint or train_dense(blocks, tokenizer, options)
     print_perplexity("dense", AutoModelForCausalLM.from_pretrained(checkpoint), validation)
 
-    # blocks hold documents of all domains: behind the token that ends one, another text begins
-    documents = {"cse_separator_token_id": end_token_id(tokenizer)}
     model, found = from_dense(
-        checkpoint, blocks, cse_layers="auto", sample_size=2048, output_fit_info=True, **documents
+        checkpoint,
+        blocks,
+        cse_layers="auto",
+        cse_separator_token_id=end_token_id(tokenizer),  # blocks hold documents of all domains
+        sample_size=2048,
+        output_fit_info=True,
     )
     clarity = {layer: round(value, 2) for layer, value in found["clarity"].items()}
     print(f"experts in layers {found['cse_layers']}, where clusters are clearest: {clarity}")
