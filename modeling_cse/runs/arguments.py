@@ -68,7 +68,9 @@ class ModelArguments:
     cse_gate: str | None = _flag(None, "hard or posterior; default: as the config says.")
     cse_max_clusters: int | None = _flag(None, "Clusters a router can hold; default: as the config says.")
     separate_documents: bool | None = _flag(
-        None, "Routes and clusters begin anew at each document of a block. Default: if no domain_column parts them."
+        None,
+        "Routes and clusters begin anew at each document of a block. Default: where no domain_column parts documents; "
+        "a trained CSE model, or a config that names a token, as it is.",
     )
 
     def __post_init__(self):

@@ -289,15 +289,23 @@ class Pretraining:
             if model.config_overrides:
                 config.update_from_string(model.config_overrides)
                 config.validate_cse_flags()
-        separate = model.separate_documents
-        if self.data_arguments.domain_column is None if separate is None else separate:
-            config.cse_separator_token_id = end_token_id(self.tokenizer)
+        goes_on = model.model_name_or_path is not None and found.model_type == self.family.config_class.model_type
+        self._separate_documents(config, goes_on)
         if self.data_arguments.block_size > config.max_position_embeddings:
             raise ValueError(
                 f"block_size={self.data_arguments.block_size} is not allowed: the model has "
                 f"{config.max_position_embeddings} positions."
             )
         return config
+
+    def _separate_documents(self, config: PreTrainedConfig, goes_on: bool) -> None:
+        """As the flag says. By default a trained CSE model and a config that names a token stay as they are."""
+        separate = self.model_arguments.separate_documents
+        if separate is None:
+            if goes_on or config.cse_separator_token_id is not None or self.data_arguments.domain_column is not None:
+                return
+            separate = True
+        config.cse_separator_token_id = end_token_id(self.tokenizer) if separate else None
 
     def _fit_config_to_tokenizer(self, config: PreTrainedConfig) -> None:
         config.vocab_size = len(self.tokenizer)

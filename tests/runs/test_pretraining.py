@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from modeling_cse.runs import BERT, GPT2, pretrain, write_run_card
+from modeling_cse.runs.arguments import parse_arguments
+from modeling_cse.runs.pretraining import Pretraining
 
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +132,22 @@ def test_the_saved_model_loads_by_its_name_alone(gpt2_run):
 
 def test_rows_of_one_domain_are_one_text(gpt2_run):
     assert AutoConfig.from_pretrained(gpt2_run[0] / "cse").cse_separator_token_id is None
+
+
+@pytest.mark.parametrize(
+    ("said", "own", "expected"), [(None, 5, 5), (None, None, None), (False, 5, None), (True, 5, "end")]
+)
+def test_a_trained_model_keeps_its_texts_unless_a_flag_says_otherwise(tmp_path, gpt2_run, said, own, expected):
+    """Here without a domain column, where a model from scratch or a dense one parts documents."""
+    shutil.copytree(gpt2_run[0] / "cse", tmp_path / "cse", ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = AutoConfig.from_pretrained(tmp_path / "cse", cse_separator_token_id=own)
+    config.save_pretrained(tmp_path / "cse")
+    changes = {"model_name_or_path": tmp_path / "cse", "config_overrides": None, "tokenizer_vocab_size": None}
+    changes |= {"domain_column": None, "separate_documents": said}
+    run = Pretraining(GPT2, *parse_arguments(flags(tmp_path / "run", **changes)))
+    run.tokenizer = AutoTokenizer.from_pretrained(tmp_path / "cse")
+    expected = run.tokenizer.eos_token_id if expected == "end" else expected
+    assert run._config().cse_separator_token_id == expected
 
 
 def test_a_finished_run_is_not_trained_again(gpt2_run):
