@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from .embedding import check_routes, mean_states, pad
+from .embedding import check_routes, embed, mean_states, pad
 from .probe import Score
 
 
@@ -48,6 +50,15 @@ class MeanPoolClassifier(nn.Module):
         loss = None if labels is None else functional.cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
+    def predict(self, input_ids: Sequence, batch_size: int, bf16: bool = False) -> np.ndarray:
+        """Token ids as in `Examples` give (N,) int64, classes or the indices of choices."""
+        questions = not isinstance(input_ids[0][0], int)
+        texts = [ids for choices in input_ids for ids in choices] if questions else input_ids
+        states = embed(self.base, texts, batch_size=batch_size, bf16=bf16)
+        with torch.no_grad():
+            logits = self.score(torch.from_numpy(states).to(self.score.weight.device))
+        return logits.view(len(input_ids), -1).argmax(-1).cpu().numpy()
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -68,10 +79,15 @@ class Examples:
     def __getitem__(self, index: int) -> dict:
         return {"input_ids": self.input_ids[index], "labels": int(self.labels[index])}
 
+    def lengths(self) -> list[int]:
+        """Tokens of each row; of a question those of its longest choice."""
+        return [len(ids) if isinstance(ids[0], int) else max(map(len, ids)) for ids in self.input_ids]
+
 
 @dataclass(frozen=True)
 class FineTuning:
-    """How it is done: AdamW at `Trainer`'s defaults but for what is here, a linear schedule after 10 % warm-up."""
+    """How it is done: AdamW at `Trainer`'s defaults but for what is here, a linear schedule after 10 % warm-up,
+    batches of rows of like length."""
 
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     epochs: int = 3
@@ -123,30 +139,46 @@ def fine_tune(
     settings = settings or FineTuning()
     if not settings.learning_rates:
         raise ValueError("learning_rates=() is not allowed: it must hold at least one.")
+    rows = _ordered(train, settings)
     best: float | None = None
     chosen: Tuned  # the first one at least, as there is a learning rate
     for learning_rate in sorted(settings.learning_rates):
         base = load()
         set_seed(settings.seed)
-        with TemporaryDirectory() as folder:
-            trainer = _trainer(MeanPoolClassifier(base, num_classes), train, learning_rate, settings, folder)
-            trainer.train()
-            told = [trainer.predict(split).predictions.argmax(-1) for split in (validation, test)]
-        reached = score(told[0], validation.labels)
+        model = MeanPoolClassifier(base, num_classes)
+        _train(model, rows, learning_rate, settings)
+        told = model.predict(validation.input_ids, settings.batch_size, settings.bf16)
+        reached = score(told, validation.labels)
         if best is None or reached > best:
-            best, chosen = reached, Tuned(learning_rate, *told)
+            best = reached
+            chosen = Tuned(learning_rate, told, model.predict(test.input_ids, settings.batch_size, settings.bf16))
     return chosen
 
 
-def _trainer(
-    model: MeanPoolClassifier, train: Examples, learning_rate: float, settings: FineTuning, folder: str
-) -> Trainer:
-    arguments = TrainingArguments(
+def _ordered(train: Examples, settings: FineTuning) -> Subset:
+    """The rows of all epochs, one behind the other. A sampler would draw from the generator that dropout draws from
+    too, and bases of different kinds could see different batches."""
+    generator, lengths = torch.Generator().manual_seed(settings.seed), train.lengths()
+    epochs = [
+        get_length_grouped_indices(lengths, settings.batch_size, generator=generator) for _ in range(settings.epochs)
+    ]
+    return Subset(train, [index for epoch in epochs for index in epoch])
+
+
+def _train(model: MeanPoolClassifier, rows: Subset, learning_rate: float, settings: FineTuning) -> None:
+    token = model.config.pad_token_id or 0
+    with TemporaryDirectory() as folder:
+        arguments = _arguments(learning_rate, settings, folder)
+        Trainer(model, arguments, train_dataset=rows, data_collator=lambda batch: _collate(batch, token)).train()
+
+
+def _arguments(learning_rate: float, settings: FineTuning, folder: str) -> TrainingArguments:
+    return TrainingArguments(
         output_dir=folder,
         learning_rate=learning_rate,
-        num_train_epochs=settings.epochs,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
         per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
         weight_decay=settings.weight_decay,
         warmup_steps=0.1,
         seed=settings.seed,
@@ -158,8 +190,6 @@ def _trainer(
         disable_tqdm=True,
         label_names=["labels"],
     )
-    token = model.config.pad_token_id or 0
-    return Trainer(model, arguments, train_dataset=train, data_collator=lambda rows: _collate(rows, token))
 
 
 def _collate(rows: Sequence[dict], token: int) -> dict[str, torch.Tensor]:

@@ -209,6 +209,31 @@ def test_fine_tuning_is_the_same_again():
     assert scores[0] == scores[1]
 
 
+def test_every_base_is_tuned_on_the_same_batches_of_like_length():
+    settings = FineTuning(learning_rates=(1e-3,), epochs=2, batch_size=4)
+    generator = np.random.default_rng(0)
+    train = Examples([[7] * n for n in generator.permutation(np.arange(1, 65))], np.arange(64) % 2)
+
+    def batches(family: str, **dropout) -> list[list[int]]:
+        """Lengths of the rows of each training batch."""
+        base, seen = dense_model(family, **dropout).base_model, []
+
+        def record(module, args, kwargs):
+            if module.training:
+                seen.append(kwargs["attention_mask"].sum(1).tolist())
+
+        base.register_forward_pre_hook(record, with_kwargs=True)
+        fine_tune(lambda: base, 2, train, rows(8, 1, None), rows(8, 2, None), accuracy, settings)
+        return seen
+
+    seen = batches("gpt2")
+    assert seen == batches("bert", hidden_dropout_prob=0.5)
+    epochs = seen[:16], seen[16:]
+    assert all(sorted(sum(epoch, [])) == list(range(1, 65)) for epoch in epochs) and epochs[0] != epochs[1]
+    padded, tokens = sum(max(batch) * len(batch) for batch in epochs[0]), sum(range(1, 65))
+    assert padded < 1.2 * tokens  # 1.6 times in random order
+
+
 def test_a_classifier_does_not_see_padding(family):
     model = MeanPoolClassifier(language_model(family, "sequence").base_model, 3).eval()
     ids = token_ids(2, 10)
