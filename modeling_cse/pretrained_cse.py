@@ -100,9 +100,19 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
         elif isinstance(module, ClusterRouter | EvidenceRouter):
             module.reset_buffers()
 
-    def resize_token_embeddings(self, *args, **kwargs):
-        """As upstream; evidence has a row a token too."""
-        table = super().resize_token_embeddings(*args, **kwargs)
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
+        """As upstream; evidence has a row a token too.
+
+        Raises:
+            ValueError: the token that ends a document would be cut off.
+        """
+        separator = self.config.cse_separator_token_id
+        if None not in (new_num_tokens, separator) and new_num_tokens <= separator:
+            raise ValueError(
+                f"new_num_tokens={new_num_tokens} is not allowed with cse_separator_token_id={separator}: it must be "
+                "more than that, or the config name another separator, or none, first."
+            )
+        table = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         for module in self.modules():
             if isinstance(module, EvidenceRouter) and len(module.evidence) != self.config.vocab_size:
                 module.resize(self.config.vocab_size)

@@ -421,6 +421,20 @@ def test_a_vocabulary_of_another_size_keeps_its_routes(size, tmp_path):
         assert all(torch.equal(*pair) for pair in zip(found, before, strict=True))
 
 
+def test_the_separator_is_not_cut_off(tmp_path):
+    model = evidence_model(cse_separator_token_id=90)
+    for size in (80, 90):
+        with pytest.raises(ValueError, match=f"new_num_tokens={size} is not allowed with cse_separator_token_id=90"):
+            model.resize_token_embeddings(size)
+    assert model.config.vocab_size == 99
+    model.resize_token_embeddings(91)
+    model.save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path).config.cse_separator_token_id == 90
+    model.config.cse_separator_token_id = None
+    model.resize_token_embeddings(pad_to_multiple_of=64)
+    assert model.config.vocab_size == 128 and model.resize_token_embeddings(50).num_embeddings == 50
+
+
 @pytest.mark.parametrize(
     ("evidence", "shares"),
     [
