@@ -241,7 +241,8 @@ class Benchmark:
 
 class Record:
     """
-    The numbers of one model in a file, written whole after every task.
+    The numbers of one model in a file, written whole after every task. What another process has added meanwhile, of
+    the other method or of other tasks, stays.
 
     Args:
         path: of the JSON.
@@ -253,24 +254,30 @@ class Record:
     """
 
     def __init__(self, path: Path, method: str, settings: dict):
-        self.path = path
-        self.all = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        settings = json.loads(json.dumps(settings))
-        own = self.all.setdefault(method, {"settings": settings, "tasks": {}})
-        if own["settings"] != settings:
-            raise ValueError(
-                f"output={str(path)!r} is not allowed: it holds numbers with the settings {own['settings']}, "
-                f"these are {settings}."
-            )
-        self.tasks = own["tasks"]
+        self.path, self.method = path, method
+        self.settings = json.loads(json.dumps(settings))
+        self.tasks = self._read()[method]["tasks"]
 
     def add(self, task: str, numbers: dict) -> None:
         """Writes the file with one more task."""
-        self.tasks[task] = numbers
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.all, indent=1) + "\n", encoding="utf-8")
+        found = self._read()
+        self.tasks = found[self.method]["tasks"]
+        self.tasks[task] = numbers
+        partial = self.path.with_suffix(f".{self.method}.partial")
+        partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
+
+    def _read(self) -> dict:
+        """What the file holds, this method in any case."""
+        found = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+        own = found.setdefault(self.method, {"settings": self.settings, "tasks": {}})
+        if own["settings"] != self.settings:
+            raise ValueError(
+                f"output={str(self.path)!r} is not allowed: it holds numbers with the settings {own['settings']}, "
+                f"these are {self.settings}."
+            )
+        return found
 
 
 def digest(model: Path) -> str:

@@ -117,6 +117,17 @@ def test_fine_tuning_stands_beside_the_probe(place, tmp_path):
     )
 
 
+def test_two_methods_may_write_at_a_time(tmp_path):
+    path, settings = tmp_path / "tasks.json", {"model": "m"}
+    probe, finetune = tool.Record(path, "probe", settings), tool.Record(path, "finetune", settings)
+    probe.add("cola", {"n": 1})
+    finetune.add("gad", {"n": 2})
+    probe.add("gad", {"n": 3})
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["probe"]["tasks"] == {"cola": {"n": 1}, "gad": {"n": 3}} == probe.tasks
+    assert found["finetune"]["tasks"] == {"gad": {"n": 2}}
+
+
 def test_a_capped_task_draws_the_same_rows_for_every_model(place):
     made = [
         tool.Rows.load(place / "tasks" / "scicite", tool.TASKS["scicite"], (10, 20, 30), seed) for seed in (0, 0, 1)
