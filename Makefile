@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# A test uses one core, and a worker up to 3 GB of memory. A file of tests stays with one worker (tests/conftest.py).
+PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -11,7 +13,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make venv        pinned environment in $(VENV), made or renewed only if it is missing or outdated"
-	@echo "make test        the fast tests, then those marked slow; PYTEST_ARGS='-k perplexity' narrows them"
+	@echo "make test        the fast tests, then those marked slow; PYTEST_ARGS='-k perplexity' narrows them, '-n 0' runs them in one process"
 	@echo "make quickstart  train a small model on a laptop"
 	@echo "make lint        ruff, then mypy"
 	@echo "make clean       remove the environment, caches and build leftovers"
@@ -28,9 +30,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 # pytest exits with 5 when it found no test: fine for one of the two passes (PYTEST_ARGS may narrow them), not for both.
 test: venv
-	@fast=0; $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) || fast=$$?; \
+	@fast=0; $(PYTEST) -m "not slow" $(PYTEST_ARGS) || fast=$$?; \
 	case $$fast in 0|5) ;; *) exit $$fast ;; esac; \
-	slow=0; $(BIN)/python -m pytest -m slow $(PYTEST_ARGS) || slow=$$?; \
+	slow=0; $(PYTEST) -m slow $(PYTEST_ARGS) || slow=$$?; \
 	if [ $$slow -eq 5 ]; then exit $$fast; fi; \
 	exit $$slow
 

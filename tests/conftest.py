@@ -24,6 +24,18 @@ hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
+# Rooms whose files share what takes longest to make: runs in two and four processes.
+TOGETHER = {"distributed"}
+
+
+def pytest_collection_modifyitems(config, items):
+    """With `--dist loadgroup` a file stays with one worker, so that its fixtures are made once."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            room = item.path.parent.name
+            item.add_marker(pytest.mark.xdist_group(room if room in TOGETHER else f"{room}/{item.path.stem}"))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """No test sees how many random numbers the one before it drew."""

@@ -132,6 +132,23 @@ def accuracy(tasks: list[str] | tuple[str, ...], method: str = "probe") -> Calla
     return read
 
 
+def own_metric(task: str, method: str = "probe") -> Callable[[Record], float | None]:
+    """Reads the metric that a task's penalty or learning rate is chosen by; None where that is its accuracy, and in
+    records that hold accuracies alone (those until 2026-11-29)."""
+
+    def read(record: Record) -> float | None:
+        numbers = record.get("task_numbers", {}).get(method, {}).get(task)
+        return None if numbers is None or numbers["metric"] == "accuracy" else numbers["test"][numbers["metric"]]
+
+    return read
+
+
+def metric_names(records: list[Record], method: str = "probe") -> dict[str, str]:
+    """Task to that metric, of the tasks that have another one than accuracy."""
+    numbers = [found for record in records for found in record.get("task_numbers", {}).get(method, {}).items()]
+    return {task: found["metric"] for task, found in numbers if found["metric"] != "accuracy"}
+
+
 def flops_ratio(comparisons: Comparisons, arm: str) -> Estimate | None:
     """Operations a token over the baseline's."""
     return comparisons.ratio(arm, lambda record: record["cost"]["per_token"]["flops"])
@@ -173,6 +190,8 @@ __all__ = [
     "at_position",
     "flops_ratio",
     "in_bin",
+    "metric_names",
+    "own_metric",
     "perplexity",
     "share_curve",
 ]

@@ -7,7 +7,16 @@ A comparison of fewer than three seeds is no measurement here; what it gave stan
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from comparisons import JUDGED_GENERAL_TASKS, TASKS, Comparisons, accuracy, flops_ratio, perplexity
+from comparisons import (
+    JUDGED_GENERAL_TASKS,
+    TASKS,
+    Comparisons,
+    accuracy,
+    flops_ratio,
+    metric_names,
+    own_metric,
+    perplexity,
+)
 from corpus import GENERAL
 from run_records import LONG_TAIL
 
@@ -171,15 +180,18 @@ def _tasks(comparisons: Comparisons) -> list[Verdict]:
             f"against `{best}`; {', '.join(rare)}" if gain else "",
         )
     ]
+    names = metric_names(comparisons.records)
     for task in JUDGED_GENERAL_TASKS:
-        rows.append(
-            _judge(
-                f"probe accuracy on {task}, default CSE minus dense",
-                ("no loss beyond the interval", lambda v: v.upper is not None and v.upper >= 0),
-                None,
-                comparisons.difference(default, accuracy([task]), baseline),
+        read = {"accuracy": accuracy([task])} | ({names[task]: own_metric(task)} if task in names else {})
+        for metric, each in read.items():
+            rows.append(
+                _judge(
+                    f"probe {metric.replace('_', ' ')} on {task}, default CSE minus dense",
+                    ("no loss beyond the interval", lambda v: v.upper is not None and v.upper >= 0),
+                    None,
+                    comparisons.difference(default, each, baseline),
+                )
             )
-        )
     return rows
 
 

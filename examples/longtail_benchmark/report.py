@@ -91,6 +91,11 @@ def page(title: str, results: dict, comparisons: Comparisons, pictures: list[str
         tables.task_table(comparisons, "probe"),
         "Full fine-tuning:\n",
         tables.task_table(comparisons, "finetune"),
+        "The metrics that the probe's penalty and the learning rate are chosen by, where they are not accuracies. "
+        "Records until 2026-11-29 lack them. Linear probe:\n",
+        tables.own_metric_table(comparisons, "probe"),
+        "Full fine-tuning:\n",
+        tables.own_metric_table(comparisons, "finetune"),
         "## Forgetting\n",
         "Perplexity after a domain stage over that before.\n",
         tables.forgetting_table(comparisons),

@@ -4,7 +4,17 @@
 import math
 from collections.abc import Callable
 
-from comparisons import TASKS, Comparisons, accuracy, at_position, flops_ratio, in_bin, perplexity
+from comparisons import (
+    TASKS,
+    Comparisons,
+    accuracy,
+    at_position,
+    flops_ratio,
+    in_bin,
+    metric_names,
+    own_metric,
+    perplexity,
+)
 from corpus import GENERAL
 from judgement import NOT_MEASURED, Verdict
 from run_records import LONG_TAIL
@@ -150,18 +160,32 @@ def task_table(comparisons: Comparisons, method: str) -> str:
     """Accuracies in percent of a method ("probe", "finetune"), and the differences to dense in points, by task; arms
     without a task are left out."""
     found = {task for record in comparisons.records for task in record["tasks"].get(method, {})}
-    tasks = sorted(found, key=_task_order)
+    return _by_task(comparisons, {task: accuracy([task], method) for task in sorted(found, key=_task_order)}, 1, 100)
+
+
+def own_metric_table(comparisons: Comparisons, method: str) -> str:
+    """The same of the metrics that penalties or learning rates are chosen by, where they are not accuracies."""
+    names = metric_names(comparisons.records, method)
+    tasks = sorted(names, key=_task_order)
+    return _by_task(comparisons, {f"{task}, {names[task]}": own_metric(task, method) for task in tasks}, 3, 1)
+
+
+def _by_task(
+    comparisons: Comparisons, readers: dict[str, Callable[[dict], float | None]], digits: int, scale: float
+) -> str:
+    """A row an arm, a column a reader; in brackets the difference to dense."""
     rows = []
     for arm in comparisons.arms:
-        if not any(record["tasks"].get(method) for record in comparisons.of(arm)):
+        means = [comparisons.mean(arm, read) for read in readers.values()]
+        if not any(means):
             continue
         cells = []
-        for task in tasks:
-            change = comparisons.difference(arm, accuracy([task], method), comparisons.roles.baseline)
-            beside = f" ({number(change, 1, 100)})" if change and arm != comparisons.roles.baseline else ""
-            cells.append(bare(comparisons.mean(arm, accuracy([task], method)), 1, 100) + beside)
+        for mean, read in zip(means, readers.values(), strict=True):
+            change = comparisons.difference(arm, read, comparisons.roles.baseline)
+            beside = f" ({number(change, digits, scale)})" if change and arm != comparisons.roles.baseline else ""
+            cells.append(bare(mean, digits, scale) + beside)
         rows.append([arm, *cells])
-    return table(["arm", *tasks], rows)
+    return table(["arm", *readers], rows)
 
 
 def _task_order(task: str) -> tuple[bool, str, str]:
@@ -207,6 +231,7 @@ __all__ = [
     "frequency_table",
     "judgement_table",
     "main_table",
+    "own_metric_table",
     "position_table",
     "purity_table",
     "share_table",

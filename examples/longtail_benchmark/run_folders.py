@@ -82,14 +82,19 @@ class Run:
         return self.result["seconds"] if whole else None
 
     @property
-    def accuracies(self) -> dict[str, dict[str, float]]:
-        """Of `tasks.json`, which tasks.py writes: method ("probe", "finetune") to task to test accuracy; empty where
+    def task_numbers(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Of `tasks.json`, which tasks.py writes: method ("probe", "finetune") to task to its numbers; empty where
         nothing was measured."""
         path = self.folder / "tasks.json"
         methods = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return {method: found["tasks"] for method, found in methods.items()}
+
+    @property
+    def accuracies(self) -> dict[str, dict[str, float]]:
+        """Method to task to test accuracy."""
         return {
-            method: {task: numbers["test"]["accuracy"] for task, numbers in found["tasks"].items()}
-            for method, found in methods.items()
+            method: {task: numbers["test"]["accuracy"] for task, numbers in found.items()}
+            for method, found in self.task_numbers.items()
         }
 
     def token_losses(self, split: str = "test") -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:

@@ -108,6 +108,7 @@ def record_of(run: Run, start: Run | None, blocks: TestBlocks) -> dict:
             for site, domains in run.result["test"]["routing"].items()
         },
         "tasks": run.accuracies,
+        "task_numbers": run.task_numbers,
         "cost": asdict(run_cost(run, start, blocks.tokenizer)),
     }
 

@@ -96,7 +96,10 @@ def write_run(
     log = [{"step": STEPS // 4, f"cse/{SITE}/clusters": 3}] if arm.kind == "cse" else []
     (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in [*log, {"step": STEPS, "loss": 1.0}]))
     if tasks is not None:
-        numbers = {task: {"test": {"accuracy": value}} for task, value in tasks.items()}
+        numbers = {task: {"metric": "accuracy", "test": {"accuracy": value}} for task, value in tasks.items()}
+        if "cola" in tasks:  # right less often than another, and yet the better of the two
+            matthews = {"accuracy": 1 - tasks["cola"], "matthews_correlation": tasks["cola"] - 0.5}
+            numbers["cola"] = {"metric": "matthews_correlation", "test": matthews}
         (folder / "tasks.json").write_text(json.dumps({"probe": {"settings": {}, "tasks": numbers}}))
     save_file(tensors, folder / "test.safetensors")
     return Run.load(folder)
@@ -119,7 +122,8 @@ def outcome(tmp_path_factory, corpus, place):
     accuracies = {"dense": 0.5, "cse": 0.75, "dense_legal": 0.625, "dense_medical": 0.6875}
     for arm in ARMS.values():
         for seed in range(3):
-            tasks = dict.fromkeys(("overruling", "gad"), accuracies[arm.name]) if arm.name in accuracies else None
+            known = ("overruling", "gad", "cola")
+            tasks = dict.fromkeys(known, accuracies[arm.name]) if arm.name in accuracies else None
             noise = 0.01 * (seed - 1) if arm.name == "cse" else 0.0
             write_run(root / "tiny" / "main", arm, seed, corpus, tasks, noise)
     folder = root / "out"
@@ -181,13 +185,15 @@ def test_routing_forgetting_and_frequency_are_told(outcome, records):
 def test_the_judgement_says_reached_missed_or_not_measured(outcome):
     _, results, _ = outcome
     verdicts = {entry["measure"]: entry for entry in results["judgement_rows"]}
-    assert len(verdicts) == 12
+    assert len(verdicts) == 13
     found = {name: (entry["must_verdict"], entry["aim_verdict"]) for name, entry in verdicts.items()}
     assert found["long-tail perplexity, default CSE / dense"] == ("reached", "reached")
     assert found["general perplexity, default CSE / dense"] == ("reached", "missed")
     assert found["share of the oracle's gain on the long tail"] == ("missed", "missed")
     assert found["long-tail perplexity, default CSE / Switch"] == ("not measured", "not measured")
-    assert found["probe accuracy on cola, default CSE minus dense"] == ("not measured", "")
+    assert found["probe accuracy on sst2, default CSE minus dense"] == ("not measured", "")
+    assert found["probe accuracy on cola, default CSE minus dense"] == ("missed", "")
+    assert found["probe matthews correlation on cola, default CSE minus dense"] == ("reached", "")
     tasks = next(entry for name, entry in verdicts.items() if name.startswith("mean probe accuracy on long-tail"))
     # overruling by the legal stage, gad by the medical one
     assert tasks["value"]["value"] == pytest.approx(0.75 - (0.625 + 0.6875) / 2) and "`dense_*`" in tasks["note"]
