@@ -6,18 +6,22 @@ and 4 * T * d forward for the attention of each layer over all T positions of a 
 implementation computes them; 8 * T * d on the way back. The linear map of a router goes forward only. Left out are
 embeddings, norms, biases and activations. Experts count by the share of tokens that go to them, so that means over
 routes need not be integers. A stage that trains experts alone is counted as if it trained all weights: it costs less.
+Rows that are read ahead for the first clusters go forward through the base model, without its head.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from arms import CLASSES, build_config
+from arms import CLASSES, Arm, build_callback, build_config
 from run_folders import Run
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from modeling_cse.evaluation.switch import SwitchExperts
+from modeling_cse.training.ahead import STATELESS
 
 
 FORWARD_AND_BACKWARD = 3
@@ -40,20 +44,39 @@ class TokenCost:
 
 
 @dataclass(frozen=True)
+class ReadAhead:
+    """
+    What a run reads before training does, to fill the first sample that clusters are found in.
+
+    Fields:
+        rows: of the training data, one forward pass each.
+        flops: of these passes.
+        at_most: whether rows hold several texts (`cse_separator_token_id`). Reading stops when there are enough texts,
+            so that rows and operations are an upper bound then.
+    """
+
+    rows: int = 0
+    flops: float = 0.0
+    at_most: bool = False
+
+
+@dataclass(frozen=True)
 class RunCost:
     """
     Fields:
         per_token: of the trained model.
         tokens: it was trained on, of the run it started from too.
-        flops: of all these tokens.
+        flops: of all these tokens, and of what was read ahead.
         seconds: of training, of the run it started from too; None where one of them is not known
             (`Run.seconds`).
+        read_ahead: the part of `flops` that trained nothing, of the run it started from.
     """
 
     per_token: TokenCost
     tokens: int
     flops: float
     seconds: float | None
+    read_ahead: ReadAhead
 
 
 def _matrices(parameters) -> int:
@@ -75,8 +98,7 @@ def token_cost(model: nn.Module, block_size: int, routed: dict[str, float]) -> T
     if set(routed) != {str(site) for site in sites}:
         raise ValueError(f"routed={routed!r} is not allowed: the model's sites are {[str(site) for site in sites]}.")
     total = sum(parameter.numel() for parameter in model.parameters())
-    attention = config.num_hidden_layers * 4 * block_size * config.hidden_size
-    plain = _matrices(module.weight for module in model.modules() if isinstance(module, nn.Linear | Conv1D))
+    attention, plain = _attention(config, block_size), _plain_matrices(model)
     active, products, router = total, plain, 0
     for site, module in sites.items():
         share, slots, replace = routed[str(site)], module.num_experts, module.combine == "replace"
@@ -94,6 +116,16 @@ def token_cost(model: nn.Module, block_size: int, routed: dict[str, float]) -> T
         FORWARD_AND_BACKWARD * (2 * products + attention) + 2 * router,
         FORWARD_AND_BACKWARD * (2 * plain + attention),
     )
+
+
+def _attention(config, block_size: int) -> int:
+    """Forward operations a token of scores and weighted sums, in all layers."""
+    return config.num_hidden_layers * 4 * block_size * config.hidden_size
+
+
+def _plain_matrices(model: nn.Module) -> int:
+    """Weights of all matrices outside of experts."""
+    return _matrices(module.weight for module in model.modules() if isinstance(module, nn.Linear | Conv1D))
 
 
 def _numel(parameters) -> int:
@@ -131,6 +163,52 @@ def steps_of(run: Run) -> tuple[int, int]:
     return steps, min([*on, steps])
 
 
+def read_ahead(settings: dict[str, Any]) -> ReadAhead:
+    """
+    What a run reads ahead, by its settings alone: so it is told alike of runs and of records that lack it.
+
+    Args:
+        settings: of a run (`run.json`) or a record. A stage keeps the clusters that it starts with, and reads nothing.
+    """
+    arm, size = Arm(**settings["arm"]), settings["size"]
+    if arm.kind != "cse" or arm.start is not None:
+        return ReadAhead()
+    config_class, model_class = CLASSES[size["family"], "cse"]
+    separator = "cse_separator_token_id"
+    values = {**size["config"], **{name: value for name, value in arm.model.items() if name != separator}}
+    # the base model's matrix products do not depend on the vocabulary
+    values |= {"vocab_size": settings["mixture"]["vocab_size"]}
+    values |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    config = config_class(**values | ({"cse_routing": "given"} if arm.control else {}))
+    callback = build_callback(arm, settings["seed"])
+    # the callback's own conditions: routes look at no state, and layers are not chosen by states
+    if config.cse_routing not in STATELESS or config.cse_layers == "auto" or callback.layer_budget is not None:
+        return ReadAhead()
+    steps, step_rows, rows = _planned_steps(arm, settings)
+    first_fit = callback.schedule.resolve(at_once=False).first_fit(steps)
+    missing = 0 if first_fit is None else callback.sample_size - first_fit * step_rows
+    rows = min(max(missing, 0), rows)
+    with torch.device("meta"):
+        base = model_class(config).base_model
+    block_size = settings["mixture"]["block_size"]
+    a_token = 2 * _plain_matrices(base) + _attention(config, block_size)
+    return ReadAhead(rows, rows * block_size * a_token, rows > 0 and arm.model.get(separator) is not None)
+
+
+def _planned_steps(arm: Arm, settings: dict[str, Any]) -> tuple[int, int, int]:
+    """Optimizer steps of a run by its settings, rows of one step, and rows of the training data."""
+    mixture, training = settings["mixture"], {**settings["size"]["training"], **arm.training}
+    parts = [1.0] if mixture["packed_together"] else mixture["shares"].values()
+    rows = sum(round(mixture["tokens"] * share) // mixture["block_size"] for share in parts)
+    accumulated = training.get("gradient_accumulation_steps", 1)
+    batch = training["per_device_train_batch_size"]
+    steps = settings["steps"] or training.get("max_steps")
+    if steps is None:
+        an_epoch = math.ceil(math.ceil(rows / batch) / accumulated)
+        steps = math.ceil(an_epoch * training["num_train_epochs"])
+    return steps, batch * accumulated, rows
+
+
 def run_cost(run: Run, start: Run | None, tokenizer: PreTrainedTokenizerBase) -> RunCost:
     """
     Args:
@@ -156,10 +234,22 @@ def run_cost(run: Run, start: Run | None, tokenizer: PreTrainedTokenizerBase) ->
     flops = per_step * (dense_steps * per_token.dense_flops + (steps - dense_steps) * per_token.flops)
     seconds = run.seconds
     if start is None:
-        return RunCost(per_token, steps * per_step, flops, seconds)
+        ahead = read_ahead(run.settings)
+        return RunCost(per_token, steps * per_step, flops + ahead.flops, seconds, ahead)
     before = run_cost(start, None, tokenizer)
     together = None if None in (seconds, before.seconds) else seconds + before.seconds
-    return RunCost(per_token, before.tokens + steps * per_step, before.flops + flops, together)
+    tokens = before.tokens + steps * per_step
+    return RunCost(per_token, tokens, before.flops + flops, together, before.read_ahead)
 
 
-__all__ = ["RunCost", "TokenCost", "empty_model", "routed_shares", "run_cost", "steps_of", "token_cost"]
+__all__ = [
+    "ReadAhead",
+    "RunCost",
+    "TokenCost",
+    "empty_model",
+    "read_ahead",
+    "routed_shares",
+    "run_cost",
+    "steps_of",
+    "token_cost",
+]
