@@ -85,9 +85,17 @@ class Run:
     def task_numbers(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Of `tasks.json`, which tasks.py writes: method ("probe", "finetune") to task to its numbers; empty where
         nothing was measured."""
+        return {method: found["tasks"] for method, found in self._methods.items()}
+
+    @property
+    def task_settings(self) -> dict[str, dict[str, Any]]:
+        """Method to how its tasks were measured, and the digest of the model that they were measured with."""
+        return {method: found["settings"] for method, found in self._methods.items()}
+
+    @property
+    def _methods(self) -> dict[str, dict[str, Any]]:
         path = self.folder / "tasks.json"
-        methods = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return {method: found["tasks"] for method, found in methods.items()}
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     @property
     def accuracies(self) -> dict[str, dict[str, float]]:

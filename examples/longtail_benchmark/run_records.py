@@ -109,6 +109,7 @@ def record_of(run: Run, start: Run | None, blocks: TestBlocks) -> dict:
         },
         "tasks": run.accuracies,
         "task_numbers": run.task_numbers,
+        "task_settings": run.task_settings,
         "cost": asdict(run_cost(run, start, blocks.tokenizer)),
     }
 

@@ -69,6 +69,7 @@ def write_run(
     tasks: dict | None = None,
     noise: float = 0.0,
     machine: str = "one abacus",
+    measured: dict | None = None,
 ) -> Run:
     """A finished run: dense losses of the seed, plus the logarithms of the ratios above."""
     folder = folder / f"{arm.name}-{seed}"
@@ -100,7 +101,8 @@ def write_run(
         if "cola" in tasks:  # right less often than another, and yet the better of the two
             matthews = {"accuracy": 1 - tasks["cola"], "matthews_correlation": tasks["cola"] - 0.5}
             numbers["cola"] = {"metric": "matthews_correlation", "test": matthews}
-        (folder / "tasks.json").write_text(json.dumps({"probe": {"settings": {}, "tasks": numbers}}))
+        how = {"model": f"{arm.name} {seed}", "rows": [1000, 500, 1000], "bf16": False, **(measured or {})}
+        (folder / "tasks.json").write_text(json.dumps({"probe": {"settings": how, "tasks": numbers}}))
     save_file(tensors, folder / "test.safetensors")
     return Run.load(folder)
 
@@ -325,6 +327,26 @@ def test_a_kept_record_of_another_table_is_refused(tmp_path, corpus, place, name
         keep.keep(tmp_path / "tiny", place, tmp_path / "out")
     with pytest.raises(ValueError, match=f"{name}=.* is not allowed beside"):
         report.write_report(tmp_path / "out", "tiny", "main", report.Roles())
+
+
+def test_tasks_that_were_measured_in_another_way_are_refused(tmp_path, corpus, place):
+    """Each run has a model of its own; rows, precision and penalties are one for all."""
+    folder, results = tmp_path / "tiny" / "main", tmp_path / "out"
+    for name in ("dense", "cse"):
+        write_run(folder, ARMS[name], 0, corpus, tasks={"gad": 0.5})
+    paths = keep.keep(tmp_path / "tiny", place, results)
+    found = {path.stem: json.loads(path.read_text())["task_settings"]["probe"] for path in paths}
+    assert found["cse-0"] == {"model": "cse 0", "rows": [1000, 500, 1000], "bf16": False}
+    write_run(folder, ARMS["cse"], 1, corpus, tasks={"gad": 0.5}, measured={"bf16": True})
+    with pytest.raises(ValueError, match=r"task_settings\['probe'\]=.*True.* is not allowed in cse-1 beside .*False"):
+        keep.keep(tmp_path / "tiny", place, results)
+    assert not (results / "tiny" / "main" / "cse-1.json").exists()
+    shutil.rmtree(folder / "cse-1")
+    # records that do not say how they were measured
+    silent = json.loads(paths[0].read_text())
+    del silent["task_settings"]
+    paths[0].with_name(f"{silent['arm']}-2.json").write_text(json.dumps(silent))
+    assert len(keep.keep(tmp_path / "tiny", place, results)) == 2
 
 
 def test_runs_of_another_mixture_are_refused(tmp_path, corpus, place):
