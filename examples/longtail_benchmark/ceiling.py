@@ -23,6 +23,7 @@ from measure import measure
 from origin import origin
 from records import read_result
 from routes import ids_and_domains
+from run_folders import Run
 from run_records import LONG_TAIL, with_long_tail
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
@@ -62,11 +63,13 @@ def teach(corpus: Corpus, texts: int, seed: int) -> Evidence:
 
 
 def taught_perplexity(run: Path, corpus: Corpus, evidence: Evidence) -> dict[str, float]:
-    """Test perplexity by domain of a finished oracle under routes that were taught."""
+    """Test perplexity by domain of a finished oracle under routes that were taught, in the precision of its training:
+    that of the figures it is compared with."""
     causal = corpus.mixture.family == "gpt2"
     auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     model = TaughtRoutes(auto.from_pretrained(run / "model"), evidence)
-    losses = measure(model, held_out_blocks(corpus.test, corpus), causal)
+    bf16 = Run.load(run).training.get("bf16") or False
+    losses = measure(model, held_out_blocks(corpus.test, corpus), causal, bf16)
     return {name: losses.perplexity(name) for name in sorted(corpus.mixture.shares)}
 
 

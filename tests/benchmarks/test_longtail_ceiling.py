@@ -48,6 +48,21 @@ def test_evidence_that_says_nothing_leaves_the_base_alone(made):
     assert found["legal"] > told["legal"] and found["medical"] > told["medical"]
 
 
+def test_taught_routes_are_measured_in_the_precision_of_training(made, tmp_path):
+    """In that of the figures beside it, which train.py has measured."""
+    _, corpus = made
+    arms, size = write_settings(tmp_path, max_steps=12, bf16=True)
+    run = tmp_path / "oracle-0"
+    train(read_arms(arms)["oracle"], 0, Size.load(str(size)), corpus, run)
+    evidence = ceiling.teach(corpus, 100, seed=0)
+    in_bf16 = ceiling.taught_perplexity(run, corpus, evidence)
+    settings = json.loads((run / "run.json").read_text())
+    settings["size"]["training"]["bf16"] = None
+    (run / "run.json").write_text(json.dumps(settings))
+    in_fp32 = ceiling.taught_perplexity(run, corpus, evidence)
+    assert in_bf16 != in_fp32 and in_bf16 == pytest.approx(in_fp32, rel=1e-2)
+
+
 def test_what_is_not_there_is_named(made):
     folder, corpus = made
     with pytest.raises(ValueError, match="'dense-7' is not there, or not finished"):
