@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Arms against each other, paired by seed, from the records of runs."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,12 @@ class Comparisons:
         """Whether the oracle was measured, and is no better than the baseline."""
         best = self.ratio(self.roles.oracle, perplexity(LONG_TAIL))
         return best is not None and best.value >= 1
+
+    @property
+    def machine(self) -> str | None:
+        """Where most of the baseline's runs were, or of all where it has none: seconds compare on one processor."""
+        machines = Counter(record["machine"] for record in self.of(self.roles.baseline) or self.records)
+        return machines.most_common(1)[0][0] if machines else None
 
     @property
     def domains(self) -> list[str]:

@@ -14,7 +14,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import report_tables as tables
-from comparisons import Comparisons, Record, Roles, at_position, flops_ratio, in_bin, perplexity, share_curve
+from comparisons import (
+    Comparisons,
+    Record,
+    Roles,
+    at_position,
+    flops_ratio,
+    in_bin,
+    perplexity,
+    share_curve,
+)
 from corpus import GENERAL
 from judgement import judge
 from keep import OF_THE_CORPUS, read_records, write_json
@@ -69,13 +78,15 @@ def page(title: str, results: dict, comparisons: Comparisons, pictures: list[str
         "## Against what was asked for\n",
         tables.judgement_table(results["judgement_rows"]),
         "## Arms\n",
-        "FLOPs a token: forward and backward, counted, over the baseline's, with experts on. Active parameters: the "
-        "mean over routes. Seconds: of runs that were not resumed.\n",
+        "FLOPs a token: forward and backward, counted, over the baseline's, with experts on. "
+        f"Active parameters: the mean over routes. {seconds_from(comparisons)} A cell that is of other "
+        "seeds than its row says of how many.\n",
         tables.main_table(comparisons),
         "Perplexities, means over seeds:\n",
         tables.absolute_table(comparisons),
         "## By position in the block\n",
-        "Long tail; position of the token that predicts; in parentheses the share of the oracle's gain there.\n",
+        "Long tail; position of the token that predicts; in parentheses the share of the oracle's gain there, and the "
+        "seeds that the oracle has too where they are fewer.\n",
         tables.position_table(comparisons),
         "## By sentence frequency\n",
         "Bins of equally many test blocks, rarest first, by the mean relative frequency of a block's tokens in the "
@@ -104,6 +115,13 @@ def page(title: str, results: dict, comparisons: Comparisons, pictures: list[str
         *(f"![{name}]({name})\n" for name in pictures),
     ]
     return "\n".join(parts)
+
+
+def seconds_from(comparisons: Comparisons) -> str:
+    """Which runs the seconds are of."""
+    others = {record["machine"] for record in comparisons.records} - {comparisons.machine}
+    alone = f", on {comparisons.machine} alone, where most of `{comparisons.roles.baseline}` ran" if others else ""
+    return f"Seconds: of runs that were not resumed{alone}."
 
 
 def origins(records: list[Record]) -> str:

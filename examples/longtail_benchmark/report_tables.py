@@ -46,29 +46,40 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def main_table(comparisons: Comparisons) -> str:
-    """Perplexity over dense, what it costs, and how much of the oracle's gain it is."""
-    cost = _cost_reader
+    """Perplexity over dense, how much of the oracle's gain it is, and what it costs. A cell of other seeds than its
+    row says of how many."""
     rows = []
     for arm in comparisons.scratch:
-        ratios = [bare(comparisons.ratio(arm, perplexity(domain))) for domain in comparisons.domains]
+        seeds = len(comparisons.of(arm))
+
+        def told(value: Estimate | None, digits: int = 3, scale: float = 1.0, show=bare, seeds: int = seeds) -> str:
+            return show(value, digits, scale) + _other_seeds(value, seeds)
+
+        tails = [comparisons.ratio(arm, read) for read in (perplexity(LONG_TAIL), perplexity(GENERAL))]
+        share = comparisons.share_of_oracle(arm, perplexity(LONG_TAIL))
         rows.append(
             [
                 arm,
-                str(len(comparisons.of(arm))),
-                *ratios,
-                number(comparisons.ratio(arm, perplexity(LONG_TAIL))),
-                number(comparisons.ratio(arm, perplexity(GENERAL))),
-                "oracle gains nothing"
-                if comparisons.oracle_gains_nothing
-                else number(comparisons.share_of_oracle(arm, perplexity(LONG_TAIL)), 0, 100),
-                bare(comparisons.mean(arm, cost("per_token", "total")), 2, 1e-6),
-                bare(comparisons.mean(arm, cost("per_token", "active")), 2, 1e-6),
-                bare(flops_ratio(comparisons, arm)),
-                bare(comparisons.mean(arm, cost("seconds")), 0),
+                str(seeds),
+                *(told(comparisons.ratio(arm, perplexity(domain))) for domain in comparisons.domains),
+                *(told(value, show=number) for value in tails),
+                "oracle gains nothing" if comparisons.oracle_gains_nothing else told(share, 0, 100, number),
+                told(comparisons.mean(arm, _cost_reader("per_token", "total")), 2, 1e-6),
+                told(comparisons.mean(arm, _cost_reader("per_token", "active")), 2, 1e-6),
+                told(flops_ratio(comparisons, arm)),
+                told(comparisons.mean(arm, _seconds_on(comparisons.machine)), 0),
             ]
         )
-    head = ["arm", "seeds", *comparisons.domains, "long tail [95 %]", "general [95 %]", "% of oracle's gain [95 %]"]
-    return table([*head, "parameters, M", "active, M", "FLOPs a token", "seconds"], rows)
+    head = ["arm", "seeds", *comparisons.domains, "long tail [95 %]", "general [95 %]"]
+    head += ["% of oracle's gain [95 %]", "parameters, M", "active, M", "FLOPs a token"]
+    return table([*head, "seconds"], rows)
+
+
+def _other_seeds(value: Estimate | None, seeds: int) -> str:
+    """How many seeds an estimate is of, where its row has another number of them."""
+    if value is None or value.seeds == seeds:
+        return ""
+    return f", {value.seeds} seed" + ("s" if value.seeds > 1 else "")
 
 
 def _cost_reader(*path: str) -> Callable[[dict], float | None]:
@@ -81,11 +92,18 @@ def _cost_reader(*path: str) -> Callable[[dict], float | None]:
     return read
 
 
+def _seconds_on(machine: str | None) -> Callable[[dict], float | None]:
+    return lambda record: record["cost"]["seconds"] if record["machine"] == machine else None
+
+
 def absolute_table(comparisons: Comparisons) -> str:
     """Perplexities themselves, means over seeds."""
     names = [*comparisons.domains, LONG_TAIL, GENERAL]
-    rows = [[arm, *(bare(comparisons.mean(arm, perplexity(name)), 2) for name in names)] for arm in comparisons.arms]
-    return table(["arm", *names], rows)
+    rows = [
+        [arm, str(len(comparisons.of(arm))), *(bare(comparisons.mean(arm, perplexity(name)), 2) for name in names)]
+        for arm in comparisons.arms
+    ]
+    return table(["arm", "seeds", *names], rows)
 
 
 def position_table(comparisons: Comparisons) -> str:
@@ -93,15 +111,17 @@ def position_table(comparisons: Comparisons) -> str:
     places = list(comparisons.records[0]["by_position"]) if comparisons.records else []
     rows = []
     for arm in _without_baseline(comparisons):
-        cells = []
+        cells, seeds = [], {"ratios": 0, "shares": 0}
         for place in places:
+            ratio = comparisons.ratio(arm, at_position(place))
             share = comparisons.share_of_oracle(arm, at_position(place))
             known = share is not None and arm != comparisons.roles.oracle and math.isfinite(share.value)
-            cells.append(
-                bare(comparisons.ratio(arm, at_position(place))) + (f" ({100 * share.value:.0f} %)" if known else "")
-            )
-        rows.append([arm, *cells])
-    return table(["arm", *places], rows)
+            cells.append(bare(ratio) + (f" ({100 * share.value:.0f} %)" if known else ""))
+            seeds["ratios"] = max(seeds["ratios"], ratio.seeds if ratio else 0)
+            seeds["shares"] = max(seeds["shares"], share.seeds if known else 0)
+        other = f" ({seeds['shares']})" if seeds["shares"] not in (0, seeds["ratios"]) else ""
+        rows.append([arm, f"{seeds['ratios']}{other}", *cells])
+    return table(["arm", "seeds", *places], rows)
 
 
 def frequency_table(comparisons: Comparisons) -> str:

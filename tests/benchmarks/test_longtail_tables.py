@@ -1,0 +1,82 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Promises of the long-tail report's tables, on made-up records: what a cell is a mean of stands beside it."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+
+# the benchmark is a folder of scripts, which find each other there
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "longtail_benchmark"))
+
+import report  # noqa: E402
+import report_tables  # noqa: E402
+from comparisons import Comparisons, Roles  # noqa: E402
+
+
+BLOCK, BATCH, STEPS = 32, 4, 20
+SHARES = {"general": 0.8, "legal": 0.15, "medical": 0.05}
+CONFIG = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": BLOCK}
+CLUSTERS = {"warmup": 5, "num_clusters": 3, "sample_size": 50}  # of 50 rows the warm-up reads 20
+MODEL = {"cse_layers": [1], "cse_num_experts": 2, "cse_routing": "evidence"}
+FLOPS = 1e9
+
+
+def record(arm: str, seed: int, legal: float = 100.0, machine: str = "one abacus", seconds: float = 100.0, **model):
+    """A record whose perplexities are 100 but for that of legal text."""
+    cse = arm not in ("dense", "switch")
+    about = {"name": arm, "kind": "cse" if cse else "dense", "model": {**MODEL, **model} if cse else {}}
+    about |= {"clusters": CLUSTERS if cse else {}, "control": "oracle" if arm == "oracle" else None}
+    mixture = {"shares": SHARES, "tokens": 4096, "block_size": BLOCK, "vocab_size": 300, "packed_together": False}
+    size = {"family": "gpt2", "config": CONFIG}
+    size["training"] = {"per_device_train_batch_size": BATCH, "max_steps": STEPS}
+    perplexity = {"general": 100.0, "legal": legal, "medical": 100.0, "long-tail": math.sqrt(100 * legal)}
+    per_token = {"total": 1000, "active": 900.0, "flops": 6000.0, "dense_flops": 6000.0}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "machine": machine,
+        "start": None,
+        "settings": {"arm": about, "seed": seed, "size": size, "mixture": mixture, "steps": None},
+        "perplexity": perplexity,
+        "by_position": {"0-8": perplexity, "8-32": perplexity},
+        "cost": {"per_token": per_token, "tokens": STEPS * BATCH * BLOCK, "flops": FLOPS, "seconds": seconds},
+    }
+
+
+def cells(table: str, arm: str) -> dict[str, str]:
+    """The row of an arm, by the head."""
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    return dict(zip(head, next(row for row in rows if row[0] == arm), strict=True))
+
+
+@pytest.fixture
+def mixed() -> Comparisons:
+    """Four seeds of `cse` and `dense`, three of the oracle, of `wide` two and on another machine."""
+    records = [record("cse", seed, 80.0 + seed) for seed in range(4)]
+    records += [record("dense", seed) for seed in range(4)]
+    records += [record("oracle", seed, 64.0 + seed) for seed in range(3)]
+    records += [record("wide", 0, 90.0, seconds=50.0), record("wide", 1, 90.0, "two abaci", 10.0)]
+    return Comparisons(records, Roles())
+
+
+def test_a_cell_of_other_seeds_than_its_row_says_so(mixed):
+    row = cells(report_tables.main_table(mixed), "cse")
+    assert row["seeds"] == "4" and row["% of oracle's gain [95 %]"].endswith("], 3 seeds")
+    assert not any("seed" in value for name, value in row.items() if "oracle" not in name)
+    assert "seed" not in "".join(cells(report_tables.main_table(mixed), "oracle").values())
+    places = report_tables.position_table(mixed)
+    assert cells(places, "cse")["seeds"] == "4 (3)" and cells(places, "wide")["seeds"] == "2"
+    assert cells(report_tables.absolute_table(mixed), "oracle")["seeds"] == "3"
+
+
+def test_seconds_are_of_the_processor_that_the_baseline_had(mixed):
+    row = cells(report_tables.main_table(mixed), "wide")
+    assert row["seconds"] == "50, 1 seed" and row["seeds"] == "2"
+    assert "on one abacus alone, where most of `dense` ran" in report.seconds_from(mixed)
+    alike = Comparisons([each for each in mixed.records if each["machine"] == "one abacus"], Roles())
+    assert report.seconds_from(alike) == "Seconds: of runs that were not resumed."
+    elsewhere = Comparisons([record("dense", 0, machine="two abaci"), record("cse", 0)], Roles())
+    assert cells(report_tables.main_table(elsewhere), "cse")["seconds"] == "not measured"
