@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from corpus import GENERAL
+from cost import ReadAhead, read_ahead
 from run_records import LONG_TAIL
 
 from modeling_cse.evaluation import Estimate, difference, mean_interval, ratio, share_of_gain
@@ -161,6 +162,23 @@ def flops_ratio(comparisons: Comparisons, arm: str) -> Estimate | None:
     return comparisons.ratio(arm, lambda record: record["cost"]["per_token"]["flops"])
 
 
+def ahead_of(record: Record) -> ReadAhead:
+    """What a run from scratch read ahead; by its settings in records that lack it (those until 2026-11-29)."""
+    kept = record["cost"].get("read_ahead")
+    return read_ahead(record["settings"]) if kept is None else ReadAhead(**kept)
+
+
+def total_flops(record: Record) -> float:
+    """Reads the operations of a training from scratch, with what was read ahead for it."""
+    known = "read_ahead" in record["cost"]
+    return record["cost"]["flops"] + (0.0 if known else ahead_of(record).flops)
+
+
+def share_read_ahead(record: Record) -> float:
+    """Reads which share of these operations trained nothing."""
+    return ahead_of(record).flops / total_flops(record)
+
+
 def share_curve(corpora: dict[str, list[Record]], roles: Roles) -> list[dict]:
     """
     The gain by a domain's share of the training text.
@@ -194,6 +212,7 @@ __all__ = [
     "Comparisons",
     "Roles",
     "accuracy",
+    "ahead_of",
     "at_position",
     "flops_ratio",
     "in_bin",
@@ -201,4 +220,6 @@ __all__ = [
     "own_metric",
     "perplexity",
     "share_curve",
+    "share_read_ahead",
+    "total_flops",
 ]

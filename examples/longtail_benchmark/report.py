@@ -18,11 +18,13 @@ from comparisons import (
     Comparisons,
     Record,
     Roles,
+    ahead_of,
     at_position,
     flops_ratio,
     in_bin,
     perplexity,
     share_curve,
+    total_flops,
 )
 from corpus import GENERAL
 from judgement import judge
@@ -54,6 +56,9 @@ def compare(comparisons: Comparisons) -> dict[str, dict]:
             },
             "share_of_oracle": comparisons.share_of_oracle(arm, perplexity(LONG_TAIL)),
             "flops_a_token_over_baseline": flops_ratio(comparisons, arm),
+            # a stage's settings do not tell what the run before it read
+            "flops_over_baseline": comparisons.ratio(arm, total_flops) if arm in comparisons.scratch else None,
+            "read_ahead": ahead_of(comparisons.of(arm)[0]) if arm in comparisons.scratch else None,
             "long_tail_by_position": {
                 place: comparisons.ratio(arm, at_position(place)) for place in first["by_position"]
             },
@@ -78,8 +83,10 @@ def page(title: str, results: dict, comparisons: Comparisons, pictures: list[str
         "## Against what was asked for\n",
         tables.judgement_table(results["judgement_rows"]),
         "## Arms\n",
-        "FLOPs a token: forward and backward, counted, over the baseline's, with experts on. "
-        f"Active parameters: the mean over routes. {seconds_from(comparisons)} A cell that is of other "
+        "FLOPs a token: forward and backward, counted, over the baseline's, with experts on. FLOPs in all: the "
+        "whole training's over the baseline's, the steps before the experts and what is read ahead for the first "
+        "clusters included; read ahead: its share of them (records until 2026-11-29 lack it: it follows from their "
+        f"settings). Active parameters: the mean over routes. {seconds_from(comparisons)} A cell that is of other "
         "seeds than its row says of how many.\n",
         tables.main_table(comparisons),
         "Perplexities, means over seeds:\n",

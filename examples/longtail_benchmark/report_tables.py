@@ -8,12 +8,15 @@ from comparisons import (
     TASKS,
     Comparisons,
     accuracy,
+    ahead_of,
     at_position,
     flops_ratio,
     in_bin,
     metric_names,
     own_metric,
     perplexity,
+    share_read_ahead,
+    total_flops,
 )
 from corpus import GENERAL
 from judgement import NOT_MEASURED, Verdict
@@ -57,6 +60,7 @@ def main_table(comparisons: Comparisons) -> str:
 
         tails = [comparisons.ratio(arm, read) for read in (perplexity(LONG_TAIL), perplexity(GENERAL))]
         share = comparisons.share_of_oracle(arm, perplexity(LONG_TAIL))
+        bound = "at most " if any(ahead_of(record).at_most for record in comparisons.of(arm)) else ""
         rows.append(
             [
                 arm,
@@ -67,12 +71,14 @@ def main_table(comparisons: Comparisons) -> str:
                 told(comparisons.mean(arm, _cost_reader("per_token", "total")), 2, 1e-6),
                 told(comparisons.mean(arm, _cost_reader("per_token", "active")), 2, 1e-6),
                 told(flops_ratio(comparisons, arm)),
+                told(comparisons.ratio(arm, total_flops)),
+                bound + told(comparisons.mean(arm, share_read_ahead), 1, 100),
                 told(comparisons.mean(arm, _seconds_on(comparisons.machine)), 0),
             ]
         )
     head = ["arm", "seeds", *comparisons.domains, "long tail [95 %]", "general [95 %]"]
-    head += ["% of oracle's gain [95 %]", "parameters, M", "active, M", "FLOPs a token"]
-    return table([*head, "seconds"], rows)
+    head += ["% of oracle's gain [95 %]", "parameters, M", "active, M", "FLOPs a token", "FLOPs in all"]
+    return table([*head, "% read ahead", "seconds"], rows)
 
 
 def _other_seeds(value: Estimate | None, seeds: int) -> str:

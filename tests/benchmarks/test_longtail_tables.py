@@ -1,5 +1,6 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""Promises of the long-tail report's tables, on made-up records: what a cell is a mean of stands beside it."""
+"""Promises of the long-tail report's tables, on made-up records: what a cell is a mean of stands beside it, and costs
+are told alike of old records and new ones."""
 
 import math
 import sys
@@ -13,7 +14,8 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "longtail
 
 import report  # noqa: E402
 import report_tables  # noqa: E402
-from comparisons import Comparisons, Roles  # noqa: E402
+from comparisons import Comparisons, Roles, share_read_ahead, total_flops  # noqa: E402
+from cost import read_ahead  # noqa: E402
 
 
 BLOCK, BATCH, STEPS = 32, 4, 20
@@ -80,3 +82,22 @@ def test_seconds_are_of_the_processor_that_the_baseline_had(mixed):
     assert report.seconds_from(alike) == "Seconds: of runs that were not resumed."
     elsewhere = Comparisons([record("dense", 0, machine="two abaci"), record("cse", 0)], Roles())
     assert cells(report_tables.main_table(elsewhere), "cse")["seconds"] == "not measured"
+
+
+def test_old_records_tell_what_was_read_ahead_as_new_ones_do(mixed):
+    old = record("cse", 0)
+    ahead = read_ahead(old["settings"])
+    assert ahead.rows == 30 and total_flops(old) == FLOPS + ahead.flops
+    new = record("cse", 0)
+    new["cost"] |= {"flops": FLOPS + ahead.flops, "read_ahead": vars(ahead)}
+    assert total_flops(new) == total_flops(old) and share_read_ahead(new) == share_read_ahead(old) > 0
+    row = cells(report_tables.main_table(mixed), "cse")
+    assert row["FLOPs in all"] == f"{1 + ahead.flops / FLOPS:.3f}"
+    assert row["% read ahead"] == f"{100 * ahead.flops / (FLOPS + ahead.flops):.1f}"
+    assert cells(report_tables.main_table(mixed), "dense")["% read ahead"] == "0.0"
+
+
+def test_rows_of_several_texts_give_a_bound():
+    documents = [record("dense", 0), record("documents", 0, cse_separator_token_id="end")]
+    row = cells(report_tables.main_table(Comparisons(documents, Roles())), "documents")
+    assert row["% read ahead"].startswith("at most ")
