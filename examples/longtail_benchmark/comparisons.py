@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from corpus import GENERAL
 from cost import ReadAhead, read_ahead
 from run_records import LONG_TAIL
@@ -120,6 +121,15 @@ def perplexity(name: str) -> Callable[[Record], float | None]:
     return lambda record: record["perplexity"].get(name)
 
 
+def all_text(record: Record) -> float:
+    """Reads the perplexity over the whole mixture: each domain counts by its share of the training
+    text."""
+    shares = record["settings"]["mixture"]["shares"]
+    # what is not finite stands in a record as text
+    logs = [share * np.log(float(record["perplexity"][domain])) for domain, share in shares.items()]
+    return float(np.exp(sum(logs)))
+
+
 def at_position(place: str, name: str = LONG_TAIL) -> Callable[[Record], float | None]:
     """Reads a perplexity at a range of positions."""
     return lambda record: record["by_position"][place][name]
@@ -213,6 +223,7 @@ __all__ = [
     "Roles",
     "accuracy",
     "ahead_of",
+    "all_text",
     "at_position",
     "flops_ratio",
     "in_bin",

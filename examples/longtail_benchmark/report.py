@@ -19,6 +19,7 @@ from comparisons import (
     Record,
     Roles,
     ahead_of,
+    all_text,
     at_position,
     flops_ratio,
     in_bin,
@@ -53,7 +54,8 @@ def compare(comparisons: Comparisons) -> dict[str, dict]:
             "seeds": sorted(record["seed"] for record in comparisons.of(arm)),
             "perplexity_over_baseline": {
                 name: comparisons.ratio(arm, perplexity(name)) for name in (*comparisons.domains, LONG_TAIL, GENERAL)
-            },
+            }
+            | {"all text": comparisons.ratio(arm, all_text)},
             "share_of_oracle": comparisons.share_of_oracle(arm, perplexity(LONG_TAIL)),
             "flops_a_token_over_baseline": flops_ratio(comparisons, arm),
             # a stage's settings do not tell what the run before it read
@@ -83,7 +85,8 @@ def page(title: str, results: dict, comparisons: Comparisons, pictures: list[str
         "## Against what was asked for\n",
         tables.judgement_table(results["judgement_rows"]),
         "## Arms\n",
-        "FLOPs a token: forward and backward, counted, over the baseline's, with experts on. FLOPs in all: the "
+        "All text: the perplexity over the whole mixture, in which each domain counts by its share of the training "
+        "text. FLOPs a token: forward and backward, counted, over the baseline's, with experts on. FLOPs in all: the "
         "whole training's over the baseline's, the steps before the experts and what is read ahead for the first "
         "clusters included; read ahead: its share of them (records until 2026-11-29 lack it: it follows from their "
         f"settings). Active parameters: the mean over routes. {seconds_from(comparisons)} A cell that is of other "

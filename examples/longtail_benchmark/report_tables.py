@@ -9,6 +9,7 @@ from comparisons import (
     Comparisons,
     accuracy,
     ahead_of,
+    all_text,
     at_position,
     flops_ratio,
     in_bin,
@@ -58,7 +59,7 @@ def main_table(comparisons: Comparisons) -> str:
         def told(value: Estimate | None, digits: int = 3, scale: float = 1.0, show=bare, seeds: int = seeds) -> str:
             return show(value, digits, scale) + _other_seeds(value, seeds)
 
-        tails = [comparisons.ratio(arm, read) for read in (perplexity(LONG_TAIL), perplexity(GENERAL))]
+        tails = [comparisons.ratio(arm, read) for read in (perplexity(LONG_TAIL), perplexity(GENERAL), all_text)]
         share = comparisons.share_of_oracle(arm, perplexity(LONG_TAIL))
         bound = "at most " if any(ahead_of(record).at_most for record in comparisons.of(arm)) else ""
         rows.append(
@@ -76,7 +77,7 @@ def main_table(comparisons: Comparisons) -> str:
                 told(comparisons.mean(arm, _seconds_on(comparisons.machine)), 0),
             ]
         )
-    head = ["arm", "seeds", *comparisons.domains, "long tail [95 %]", "general [95 %]"]
+    head = ["arm", "seeds", *comparisons.domains, "long tail [95 %]", "general [95 %]", "all text [95 %]"]
     head += ["% of oracle's gain [95 %]", "parameters, M", "active, M", "FLOPs a token", "FLOPs in all"]
     return table([*head, "% read ahead", "seconds"], rows)
 

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "longtail
 
 import report  # noqa: E402
 import report_tables  # noqa: E402
-from comparisons import Comparisons, Roles, share_read_ahead, total_flops  # noqa: E402
+from comparisons import Comparisons, Roles, all_text, share_read_ahead, total_flops  # noqa: E402
 from cost import read_ahead  # noqa: E402
 
 
@@ -82,6 +82,21 @@ def test_seconds_are_of_the_processor_that_the_baseline_had(mixed):
     assert report.seconds_from(alike) == "Seconds: of runs that were not resumed."
     elsewhere = Comparisons([record("dense", 0, machine="two abaci"), record("cse", 0)], Roles())
     assert cells(report_tables.main_table(elsewhere), "cse")["seconds"] == "not measured"
+
+
+def test_all_text_counts_domains_by_their_share(mixed):
+    row = cells(report_tables.main_table(mixed), "wide")
+    assert row["all text [95 %]"] == f"{0.9**0.15:.3f} [{0.9**0.15:.3f}, {0.9**0.15:.3f}]"
+    estimate = report.compare(_with_bins(mixed))["cse"]
+    ratio = estimate["perplexity_over_baseline"]["all text"]
+    legal = estimate["perplexity_over_baseline"]["legal"]
+    assert ratio.value == pytest.approx(legal.value**0.15) and ratio.upper == pytest.approx(legal.upper**0.15)
+    assert all_text({**record("cse", 0), "perplexity": {**dict.fromkeys(SHARES, 9.0), "legal": "inf"}}) == math.inf
+
+
+def _with_bins(comparisons: Comparisons) -> Comparisons:
+    bins = {"by_frequency": {"1": [100.0]}}
+    return Comparisons([{**each, **bins} for each in comparisons.records], comparisons.roles)
 
 
 def test_old_records_tell_what_was_read_ahead_as_new_ones_do(mixed):
