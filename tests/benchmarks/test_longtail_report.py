@@ -202,6 +202,18 @@ def test_the_judgement_says_reached_missed_or_not_measured(outcome):
     assert tasks["must_verdict"] == tasks["aim_verdict"] == "reached"
 
 
+def test_a_task_tells_its_own_metric_where_that_is_not_accuracy(outcome):
+    """By accuracy `cse` loses on cola, by the correlation that its penalty is chosen by it wins."""
+    page, _, _ = outcome
+    assert row(page, "Tasks", "cse")[-1].startswith("25.0 (-25.0")
+    probe, tuning = page.partition("The metrics that")[2].partition("## Forgetting")[0].split("Full fine-tuning:")
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in probe.splitlines() if line.startswith("|")]
+    found = {name: cell for name, cell in table[2:]}
+    assert table[0] == ["arm", "cola, matthews_correlation"] and set(found) == set(ARMS) - {"oracle"}
+    assert found["dense"] == "0.000" and found["cse"].startswith("0.250 (0.250 [")
+    assert found["dense_medical"].startswith("0.188 (0.188 [") and tuning.strip() == "Not measured."
+
+
 def test_every_number_has_its_run(outcome, records):
     page, results, folder = outcome
     assert {(run["arm"], run["seed"]) for run in records} == {(arm, seed) for arm in ARMS for seed in range(3)}
