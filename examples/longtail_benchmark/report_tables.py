@@ -72,7 +72,7 @@ def main_table(comparisons: Comparisons) -> str:
                 told(comparisons.mean(arm, _cost_reader("per_token", "total")), 2, 1e-6),
                 told(comparisons.mean(arm, _cost_reader("per_token", "active")), 2, 1e-6),
                 told(flops_ratio(comparisons, arm)),
-                told(comparisons.ratio(arm, total_flops)),
+                bound + told(comparisons.ratio(arm, total_flops)),
                 bound + told(comparisons.mean(arm, share_read_ahead), 1, 100),
                 told(comparisons.mean(arm, _seconds_on(comparisons.machine)), 0),
             ]
