@@ -96,6 +96,8 @@ class CSEFlags(Stock):
         cse_separator_token_id (`int`, *optional*):
             The token that ends a document where rows hold several: behind it another text begins, for routes and for
             clusters, as where `position_ids` begin anew. Default: none does, a row is one text.
+        output_router_logits, output_cluster_ids (`bool`, defaults to `False`):
+            Whether outputs have `router_logits` and `cluster_ids` where a call does not say.
     """
 
     # `Any` keeps the type checks of `@strict` away: they raise an error class of their own, which is no ValueError.

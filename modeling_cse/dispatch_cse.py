@@ -14,6 +14,7 @@ from torch import nn
 from .experts_cse import CSEAttentionExperts, ExpertGroups, FusedExperts
 from .routing_cse import ClusterRouter, RoutingContext, shapes_may_depend_on_data
 from .sharding_cse import whole
+from .threads_cse import PerThread
 
 
 if TYPE_CHECKING:
@@ -100,14 +101,22 @@ class RoutedModule(Stock):
     """
     A module with experts: it has a `router`, `experts` under a base, and the base's weights as
     `base_weights(of)`, in `nn.Linear` layout under the names of the fused tensors. `of` may put something else in the
-    place of each base parameter, like its optimizer moment.
+    place of each base parameter, like its optimizer moment. Its block leaves the context of the forward pass in
+    `contexts`.
     """
 
     router: ClusterRouter
     experts: FusedExperts
+    contexts: PerThread
 
     def base_weights(self, of: Callable[[nn.Parameter], torch.Tensor] = unchanged) -> dict[str, torch.Tensor]:
         raise NotImplementedError  # each module of each family has its own
+
+    @property
+    def context(self) -> RoutingContext:
+        """Of the forward pass under way in this thread."""
+        found = self.contexts.get()
+        return RoutingContext() if found is None else found
 
     @property
     def num_experts(self) -> int:
@@ -229,7 +238,8 @@ class RoutedAttention(RoutedModule):
         """Router, experts, and what the projections share; once the stock modules stand."""
         self.router = ClusterRouter(config)
         self.experts = CSEAttentionExperts(config)
-        self.dispatch = AttentionDispatch(self)
+        self.dispatch = AttentionDispatch()
+        self.contexts = PerThread()
 
     def route(self, hidden_states: torch.Tensor, context: RoutingContext) -> None:
         """
@@ -240,7 +250,7 @@ class RoutedAttention(RoutedModule):
                 one expects.
         """
         self._check_projections()
-        self.dispatch.group(self.route_tokens(hidden_states, context))
+        self.dispatch.group(self, self.route_tokens(hidden_states, context))
 
     def _check_projections(self) -> None:
         for name, module in self.projections().items():
@@ -275,42 +285,37 @@ class RoutedBlock(Stock):
     A block of which some modules (`routed_parts`) have experts. Stands before the stock block.
 
     They get the context of the forward pass, also when a checkpointed block is computed again, and keep it no longer
-    than that: what stays behind would hold its memory, and mix with what is traced next.
+    than that.
     """
 
     def forward(self, *args, routing_context: RoutingContext = RoutingContext(), **kwargs):
         parts = self.routed_parts().values()
         for module in parts:
-            module.context = routing_context
+            module.contexts.put(routing_context)
         try:
             return super().forward(*args, **kwargs)
         finally:
             for module in parts:
-                module.context = RoutingContext()
+                module.contexts.drop()
 
 
 class AttentionDispatch:
     """Shared by an attention and its projections. No module, so that nothing is registered twice."""
 
-    def __init__(self, attention: RoutedAttention):
-        self.attention = attention
-        self.tokens: RoutedTokens | None = None  # of the forward pass under way
-        self.groups: ExpertGroups | None = None
+    def __init__(self):
+        self.routes = PerThread()
 
-    def group(self, tokens: RoutedTokens) -> None:
-        """Takes up a route, for all projections."""
-        self.tokens = tokens
-        self.groups = ExpertGroups.of(tokens.expert_ids, self.attention.num_experts)
+    def group(self, attention: RoutedAttention, tokens: RoutedTokens) -> None:
+        """Takes up a route, for all projections. The attention comes along: it may be a copy (`nn.DataParallel`)."""
+        self.routes.put((attention, tokens, ExpertGroups.of(tokens.expert_ids, attention.num_experts)))
 
     def clear(self) -> None:
-        """Forgets the route, for the reasons of `RoutedBlock`."""
-        self.tokens = self.groups = None
+        """Forgets the route."""
+        self.routes.drop()
 
     def __call__(self, states: torch.Tensor, base: Callable, projection: str) -> torch.Tensor:
-        # mypy's `partial` looks for a `__call__` of the class's own
-        answer = partial(self.attention.experts, groups=self.groups, projection=projection)  # type: ignore[misc]
-        # projections are asked between `group` and `clear` only
-        return self.attention.mix(states, self.tokens, base, answer)  # type: ignore[arg-type]
+        attention, tokens, groups = self.routes.get()  # projections are asked between `group` and `clear` only
+        return attention.mix(states, tokens, base, partial(attention.experts, groups=groups, projection=projection))
 
 
 class RoutedProjection(Stock):

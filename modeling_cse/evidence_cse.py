@@ -11,7 +11,7 @@ trained, nor on the layer. Shapes are named in routing_cse.py; V is the size of 
 import torch
 import torch.nn.functional as F
 
-from .routing_cse import RoutingState, SequenceScope
+from .routing_cse import RoutingState, SequenceScope, shapes_may_depend_on_data
 
 
 # Evidence is a multiple of this many nats and within these bounds. It is added up in whole steps, int32 has room for
@@ -148,11 +148,16 @@ class EvidenceRouter(RoutingState):
             separated: False reads a row as one text whatever separators it holds.
 
         Raises:
-            ValueError: the mask is of another shape.
+            ValueError: the mask is of another shape, or a token has no row of evidence.
         """
         separator = self.config.cse_separator_token_id if separated else None
         scope = SequenceScope.of(attention_mask, position_ids, input_ids, separator)
         batch, length = input_ids.shape
+        if shapes_may_depend_on_data(input_ids) and int(input_ids.max()) >= len(self.evidence):
+            raise ValueError(
+                f"input_ids up to {int(input_ids.max())} are not allowed with evidence of {len(self.evidence)} "
+                "tokens: give the model more by resize_token_embeddings(...)."
+            )
         if scope.mask is not None and scope.mask.shape not in ((batch, length), (1, length)):
             raise ValueError(
                 f"attention_mask of shape {tuple(scope.mask.shape)} is not allowed where texts are read from their "

@@ -31,9 +31,10 @@ from .dispatch_cse import RoutedAttention, RoutedBlock, RoutedFFN, RoutedModule,
 from .experts_cse import CSEExperts, ExpertsEntrance
 from .inputs_cse import check_inputs
 from .losses_cse import pretraining_loss, sums_over_the_step
-from .outputs_cse import CSEMaskedLMOutput, CSEPreTrainingOutput, carries_routing
+from .outputs_cse import CSEMaskedLMOutput, CSEPreTrainingOutput, carries_routing, takes_choices
 from .pretrained_cse import CSEBaseMixin, CSEPreTrainedMixin
-from .routing_cse import ClusterRouter, RoutingContext, warn_that_routes_see_the_future
+from .routing_cse import ClusterRouter, RoutingContext
+from .threads_cse import PerThread
 
 
 @use_experts_implementation(experts_interface=ExpertsEntrance(), has_gate=False, has_bias=True)
@@ -64,7 +65,6 @@ class CSEBertAttention(RoutedAttention, BertAttention):
         for name in ("query", "key", "value"):
             setattr(self.self, name, RoutedLinear(width, width, dispatch=self.dispatch, projection=name))
         self.output.dense = RoutedLinear(width, width, dispatch=self.dispatch, projection="out")
-        self.context = RoutingContext()
 
     def projections(self):
         inner = {name: getattr(self.self, name) for name in ("query", "key", "value")}
@@ -94,7 +94,7 @@ class CSEBertLayer(RoutedBlock, RoutedFFN, BertLayer):
             self.mlp = CSEBertMLP(config)
             # The stock layer would cut the sequence before the router has seen it: only the base FFN is chunked here.
             self.ffn_chunk_size, self.chunk_size_feed_forward = self.chunk_size_feed_forward, 0
-        self.context = RoutingContext()
+            self.contexts = PerThread()
 
     def routed_parts(self) -> dict[str, RoutedModule]:
         named = {"attention": self.attention, "ffn": self}
@@ -183,8 +183,7 @@ class CSEBertModel(CSEBaseMixin, CSEBertPreTrainedModel, BertModel):
         given = input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values
         check_inputs(self.tables(), self.config.hidden_size, *given)
         if self.config.cse_layer_indices:
-            if self.config.cse_routing == "sequence" and self.config.is_decoder:
-                warn_that_routes_see_the_future(type(self).__name__)
+            self.check_that_sequences_are_whole(past_key_values)
             text = input_ids, attention_mask, position_ids
             given_clusters = self._read_or_given(given_clusters, *text, past_key_values)
             context = RoutingContext.of(self, *text, given_clusters)
@@ -341,7 +340,7 @@ class CSEBertForMultipleChoice(CSEBertPreTrainedModel, BertForMultipleChoice):
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()
 
-    forward = carries_routing(sums_over_the_step(BertForMultipleChoice.forward))
+    forward = carries_routing(sums_over_the_step(takes_choices(BertForMultipleChoice.forward)))
 
 
 class CSEBertForTokenClassification(CSEBertPreTrainedModel, BertForTokenClassification):

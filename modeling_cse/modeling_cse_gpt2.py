@@ -21,11 +21,12 @@ from transformers.utils.output_capturing import OutputRecorder
 from .configuration_cse import CSEGPT2Config
 from .dispatch_cse import RoutedAttention, RoutedBlock, RoutedFFN, RoutedModule, RoutedProjection, unchanged
 from .experts_cse import CSEExperts, ExpertsEntrance
-from .inputs_cse import check_inputs, holds_tokens
+from .inputs_cse import check_inputs
 from .losses_cse import sums_over_the_step
 from .outputs_cse import CSECausalLMOutput, carries_routing
 from .pretrained_cse import CSEBaseMixin, CSEPreTrainedMixin
-from .routing_cse import ClusterRouter, RoutingContext, warn_that_routes_see_the_future
+from .routing_cse import ClusterRouter, RoutingContext
+from .threads_cse import PerThread
 
 
 @use_experts_implementation(experts_interface=ExpertsEntrance(), has_gate=False, has_bias=True)
@@ -40,7 +41,7 @@ class CSEGPT2MLP(RoutedFFN, GPT2MLP):
         super().__init__(intermediate_size, config)
         self.router = ClusterRouter(config)
         self.experts = CSEGPT2Experts(config)
-        self.context = RoutingContext()
+        self.contexts = PerThread()
 
     def base_ffn(self, states):
         return self.c_proj(self.act(self.c_fc(states)))
@@ -70,7 +71,6 @@ class CSEGPT2Attention(RoutedAttention, GPT2Attention):
         width = self.embed_dim
         self.c_attn = RoutedConv1D(3 * width, width, dispatch=self.dispatch, projection="qkv")
         self.c_proj = RoutedConv1D(width, width, dispatch=self.dispatch, projection="out")
-        self.context = RoutingContext()
 
     def projections(self):
         return {"c_attn": self.c_attn, "c_proj": self.c_proj}
@@ -148,9 +148,10 @@ class CSEGPT2Model(CSEBaseMixin, CSEGPT2PreTrainedModel, GPT2Model):
         given = input_ids, inputs_embeds, position_ids, token_type_ids, past_key_values
         check_inputs(self.tables(), self.config.hidden_size, *given)
         if self.config.cse_layer_indices:
-            if self.config.cse_routing == "sequence":
-                self._check_that_sequences_are_whole(past_key_values)
-            text = input_ids, attention_mask, position_ids
+            self.check_that_sequences_are_whole(past_key_values)
+            # (..., T), which the stock model flattens
+            rows = None if input_ids is None else input_ids.view(-1, input_ids.shape[-1])
+            text = rows, attention_mask, position_ids
             given_clusters = self._read_or_given(given_clusters, *text, past_key_values)
             context = RoutingContext.of(self, *text, given_clusters)
             kwargs.update(context.as_argument())
@@ -166,14 +167,6 @@ class CSEGPT2Model(CSEBaseMixin, CSEGPT2PreTrainedModel, GPT2Model):
             use_cache=use_cache,
             **kwargs,
         )
-
-    def _check_that_sequences_are_whole(self, past_key_values) -> None:
-        if holds_tokens(past_key_values):
-            raise ValueError(
-                "past_key_values is not empty, which cse_routing='sequence' does not allow: a route over the whole "
-                "sequence cannot be read from its last tokens. Use cse_routing='discriminant'."
-            )
-        warn_that_routes_see_the_future(type(self).__name__)
 
 
 class CSEGPT2ForCausalLM(CSEGPT2PreTrainedModel, GPT2LMHeadModel, GenerationMixin):
@@ -196,7 +189,7 @@ class CSEGPT2ForCausalLM(CSEGPT2PreTrainedModel, GPT2LMHeadModel, GenerationMixi
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         """As upstream, which prepares each chunk of a prompt without what comes before it: evidence needs all."""
         if self._reads_evidence() and generation_config.prefill_chunk_size is not None:
-            model_kwargs["whole_prompt"] = input_ids
+            model_kwargs["whole_prompt"] = input_ids, model_kwargs.get("position_ids")
         outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         model_kwargs.pop("whole_prompt", None)
         return outputs
@@ -206,8 +199,8 @@ class CSEGPT2ForCausalLM(CSEGPT2PreTrainedModel, GPT2LMHeadModel, GenerationMixi
         """As upstream. Under `cse_routing="evidence"` the routes of the new tokens are read from the whole text."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         if self._reads_evidence() and inputs.get("given_clusters") is None and input_ids.shape[1]:
-            text = input_ids if whole_prompt is None else whole_prompt
-            mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+            text, positions = whole_prompt or (input_ids, kwargs.get("position_ids"))
+            mask = kwargs.get("attention_mask")
             inputs["given_clusters"] = self._clusters_of_new_tokens(inputs, text, mask, positions)
         return inputs
 
@@ -224,7 +217,8 @@ class CSEGPT2ForCausalLM(CSEGPT2PreTrainedModel, GPT2LMHeadModel, GenerationMixi
                 "with cse_routing='evidence', which reads texts from their beginning, they must hold all tokens."
             )
         mask = None if attention_mask is None else attention_mask[:, :end]
-        positions = position_ids if position_ids is not None and position_ids.shape[-1] == end else None
+        whole = position_ids is not None and position_ids.shape[-1] >= end
+        positions = position_ids[..., :end] if whole else None
         return self.transformer.read_clusters(text[:, :end], mask, positions)[:, -fed.shape[1] :]
 
     def generate_batch(self, *args, **kwargs):

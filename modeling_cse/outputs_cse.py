@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
+from threading import get_ident
 
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, MaskedLMOutput, ModelOutput
@@ -16,8 +17,8 @@ ROUTING_KEYS = ("router_logits", "cluster_ids")
 
 @dataclass
 class CSECausalLMOutput(CausalLMOutputWithCrossAttentions):
-    """`router_logits`: per CSE layer (B * T, C) fp32, with `output_router_logits=True`; `cluster_ids`: per CSE layer
-    (B, T) int64, with `output_cluster_ids=True`."""
+    """`router_logits`: per CSE layer and module (B * T, C) fp32, with `output_router_logits=True`; `cluster_ids`: per
+    CSE layer and module (B, T) int64, with `output_cluster_ids=True`."""
 
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     cluster_ids: tuple[torch.LongTensor, ...] | None = None
@@ -56,9 +57,14 @@ def carries_routing(forward: Callable, output_class: type[ModelOutput] | None = 
             outputs = forward(self, *args, **kwargs)
             return outputs if output_class is None or isinstance(outputs, tuple) else output_class(**outputs)
         recorded = {}
-        hook = self.base_model.register_forward_hook(
-            lambda module, inputs, output: recorded.update({key: output[key] for key in asked})
-        )
+        thread = None if torch.compiler.is_compiling() else get_ident()
+
+        def record(module, inputs, output):
+            # other threads may be in the same base model, and find this hook too
+            if torch.compiler.is_compiling() or get_ident() == thread:
+                recorded.update({key: output[key] for key in asked})
+
+        hook = self.base_model.register_forward_hook(record)
         try:
             outputs = forward(self, *args, **kwargs)
         finally:
@@ -77,6 +83,27 @@ def carries_routing(forward: Callable, output_class: type[ModelOutput] | None = 
     return wrapper
 
 
+def takes_choices(forward: Callable) -> Callable:
+    """Wraps the `forward` of a head whose rows (B, choices, T) the stock one flattens: `given_clusters` of rows (B,),
+    choices (B, choices) or tokens (B, choices, T) are too."""
+    stock = signature(forward)
+
+    @wraps(forward)
+    def wrapper(self, *args, given_clusters=None, **kwargs):
+        if given_clusters is not None:
+            told = stock.bind(self, *args, **kwargs).arguments
+            tokens = told["input_ids"] if told.get("input_ids") is not None else told["inputs_embeds"]
+            batch, choices = tokens.shape[:2]
+            if given_clusters.shape == (batch,):
+                given_clusters = given_clusters.repeat_interleave(choices)
+            elif given_clusters.shape[:2] == (batch, choices):
+                given_clusters = given_clusters.flatten(0, 1)
+        return forward(self, *args, given_clusters=given_clusters, **kwargs)
+
+    wrapper.__signature__ = stock  # type: ignore[attr-defined]  # unknown to typeshed
+    return wrapper
+
+
 def _with_labels(stock: Signature) -> Signature:
     """`given_clusters` reaches the base model among the keyword arguments; `Trainer` keeps a column of the data set
     only if the signature names it."""
@@ -86,4 +113,11 @@ def _with_labels(stock: Signature) -> Signature:
     return stock.replace(parameters=parameters)
 
 
-__all__ = ["CSECausalLMOutput", "CSEMaskedLMOutput", "CSEPreTrainingOutput", "ROUTING_KEYS", "carries_routing"]
+__all__ = [
+    "CSECausalLMOutput",
+    "CSEMaskedLMOutput",
+    "CSEPreTrainingOutput",
+    "ROUTING_KEYS",
+    "carries_routing",
+    "takes_choices",
+]

@@ -11,7 +11,7 @@ from .dispatch_cse import RoutedModule, RoutedProjection, Site, is_quantized
 from .evidence_cse import EvidenceRouter
 from .experts_cse import FusedExperts
 from .inputs_cse import holds_tokens
-from .routing_cse import ClusterRouter
+from .routing_cse import ClusterRouter, warn_that_routes_see_the_future
 
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
         if lost:
             raise ValueError(
                 f"The checkpoint {name!r} has experts but lacks the routing state "
-                f"{lost}: it was cut or edited. Save it again with save_pretrained."
+                f"{lost}: it was cut or edited, or saved with other cse_* flags than it is loaded with."
             )
         if getattr(model, "is_quantized", False) and model.config.cse_layer_indices:
             model._check_what_is_quantized()
@@ -261,7 +261,8 @@ class CSEBaseMixin(Stock):
         if input_ids is None:
             raise ValueError(
                 "inputs_embeds without given_clusters is not allowed with cse_routing='evidence', which reads tokens: "
-                "pass input_ids, or given_clusters=base_model.read_clusters(input_ids)."
+                "pass input_ids (generate() takes them beside inputs_embeds), or to a forward pass "
+                "given_clusters=base_model.read_clusters(input_ids)."
             )
         if holds_tokens(past_key_values):
             raise ValueError(
@@ -270,6 +271,23 @@ class CSEBaseMixin(Stock):
                 "does."
             )
         return self.read_clusters(input_ids, attention_mask, position_ids)
+
+    def check_that_sequences_are_whole(self, past_key_values) -> None:
+        """
+        Says once that routes of a causal model see later tokens.
+
+        Raises:
+            ValueError: `cse_routing="sequence"`, and a cache holds the beginning of the sequences.
+        """
+        if self.config.cse_routing != "sequence":
+            return
+        if holds_tokens(past_key_values):
+            raise ValueError(
+                "past_key_values is not empty, which cse_routing='sequence' does not allow: a route over the whole "
+                "sequence cannot be read from its last tokens. Use cse_routing='discriminant'."
+            )
+        if self.config.reads_left_to_right:
+            warn_that_routes_see_the_future(type(self).__name__)
 
     def drop_idle_layers(self) -> None:
         """Turns layers of which no router holds clusters into stock layers with the same parameters, and says so in
@@ -287,6 +305,8 @@ class CSEBaseMixin(Stock):
                 new._gradient_checkpointing_func = old._gradient_checkpointing_func
             self.blocks[index] = new.train(old.training)
         self.config.cse_layers = kept
+        if not kept and hasattr(self, "evidence_router"):
+            del self.evidence_router
 
 
 __all__ = ["CSEBaseMixin", "CSEPreTrainedMixin", "OutOfTreeMixin"]

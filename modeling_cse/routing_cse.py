@@ -30,7 +30,7 @@ def shapes_may_depend_on_data(tensor: torch.Tensor) -> bool:
 
 
 class SequenceScope(NamedTuple):
-    """Which tokens of a batch make up a sequence. Only routes that look at whole sequences need it."""
+    """Which tokens of a batch make up a sequence. Routes that look at more of it than one token need it."""
 
     mask: torch.Tensor | None = None  # (B, T) bool, False at padding; None: no padding
     segments: torch.Tensor | None = None  # (B, T) int64, number of the document in its row; None: one a row
@@ -52,8 +52,8 @@ class SequenceScope(NamedTuple):
         """
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(
-                f"attention_mask of shape {tuple(attention_mask.shape)} is not allowed where whole sequences are "
-                "averaged: pass the 2-D mask of shape (batch, sequence), or use cse_routing='discriminant'."
+                f"attention_mask of shape {tuple(attention_mask.shape)} is not allowed where routes look at more of a "
+                "text than one token: pass the 2-D mask of shape (batch, sequence), or use cse_routing='discriminant'."
             )
         mask = None if attention_mask is None else attention_mask.bool()
         begins = None
@@ -263,7 +263,7 @@ class ClusterRouter(RoutingState):
         """
         Args:
             hidden_states: (B, T, d) states that enter the module, any float dtype.
-            context: of the forward pass: padding and documents (`"sequence"`), labels (`"given"`).
+            context: of the forward pass: padding and documents (`"sequence"`), labels (`"given"`, `"evidence"`).
 
         Returns:
             Router logits (B * T, C) fp32 as mixture-of-experts models report them (unused clusters at the lowest
@@ -271,7 +271,7 @@ class ClusterRouter(RoutingState):
             clusters); expert ids (B, T) int64 (-1: none); for how much each expert counts (B, T) fp32, None: in full.
 
         Raises:
-            ValueError: `"given"` routes without fitting labels.
+            ValueError: `"given"` or `"evidence"` routes without fitting labels.
         """
         if context.routes is None:
             return self._route(hidden_states, context)
@@ -321,7 +321,7 @@ class ClusterRouter(RoutingState):
         if given.is_floating_point():
             return given.log().masked_fill((given <= 0) | unused, lowest), None
         others = given.unsqueeze(-1) != torch.arange(self.max_clusters, device=given.device)
-        return (others | unused) * lowest, None
+        return (others | unused).float() * lowest, None
 
     def _without_clusters(self, hidden_states):
         """The route before the first fit: nothing is computed."""
@@ -342,14 +342,21 @@ class ClusterRouter(RoutingState):
             return labels.float().to(hidden_states.device)
         if labels is None:
             raise ValueError(
-                "given_clusters=None is not allowed with cse_routing='given': pass the cluster of each sequence (B,) "
-                "or token (B, T), -1 for none."
+                f"given_clusters=None is not allowed with cse_routing={self.routing!r}: pass the cluster of each "
+                "sequence (B,) or token (B, T), -1 for none."
             )
         if labels.shape not in ((batch,), (batch, length)):
             raise ValueError(
                 f"given_clusters of shape {tuple(labels.shape)} is not allowed: it must be ({batch},) or "
                 f"({batch}, {length}), as the states are."
             )
+        if shapes_may_depend_on_data(labels):
+            low, high = (int(end) for end in labels.aminmax())
+            if low < -1 or high >= self.max_clusters:
+                raise ValueError(
+                    f"given_clusters from {low} to {high} is not allowed: it must be from -1, for none, to "
+                    f"cse_max_clusters - 1 = {self.max_clusters - 1}."
+                )
         return labels.long().to(hidden_states.device).view(batch, -1).expand(batch, length)
 
     def nearness(self, embeddings: torch.Tensor) -> torch.Tensor:

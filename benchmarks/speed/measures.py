@@ -111,7 +111,7 @@ def layer(shape: Shape, contenders: list[Contender], options: Options) -> Iterat
             with options.arithmetic:
                 shares[contender.name] = calibrate(contender, ids, options.share)
                 states = entering(contender, contender.ffns[-1], ids).requires_grad_()
-            contender.ffns[-1].context = RoutingContext(**contender.told(ids, options.length))
+            contender.ffns[-1].contexts.put(RoutingContext(**contender.told(ids, options.length)))
             samplers[contender.name] = Stopwatch(_layer_step(contender, states, options))
         yield from compare(rows, samplers, shares, options)
 

@@ -18,8 +18,14 @@ def check_algorithm(base: nn.Module, settings: ClusterSettings) -> None:
     Whether routes can be read from clusters that are found so.
 
     Raises:
-        ValueError: evidence, of clusters that each site finds for itself.
+        ValueError: evidence, of clusters that each site finds for itself; or labels that come with the batch, of
+            clusters that are found.
     """
+    if base.config.cse_routing == "given" and settings.algorithm != GIVEN:
+        raise ValueError(
+            f"algorithm={settings.algorithm!r} is not allowed with cse_routing='given': clusters come with the batch, "
+            "so it must be 'given'."
+        )
     if base.config.cse_routing == "evidence" and settings.algorithm not in (TEXT, GIVEN):
         raise ValueError(
             f"algorithm={settings.algorithm!r} is not allowed with cse_routing='evidence', shared by all sites: "
@@ -48,11 +54,6 @@ def check_model(base: nn.Module, settings: ClusterSettings, schedule: FitSchedul
         raise ValueError(
             f"num_clusters={settings.num_clusters} is not allowed: the routers of this model hold at most "
             f"cse_max_clusters={most}."
-        )
-    if routing == "given" and settings.algorithm != GIVEN:
-        raise ValueError(
-            f"algorithm={settings.algorithm!r} is not allowed with cse_routing='given': clusters come with the batch, "
-            "so it must be 'given'."
         )
     check_algorithm(base, settings)
     if schedule.moves and is_joint(base, settings):

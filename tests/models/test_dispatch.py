@@ -74,7 +74,7 @@ def test_static_shapes_give_what_gathering_gives_in_attention(family, combine, o
     results = []
     for static in (False, True):
         choose_shapes(monkeypatch, static)
-        attention.dispatch.group(RoutedTokens.of(expert_ids, attention.experts.num_experts))
+        attention.dispatch.group(attention, RoutedTokens.of(expert_ids, attention.experts.num_experts))
         states = torch.randn(3, 10, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
         mixed = torch.cat([projection(states) for projection in projections], -1)
         gradients = torch.autograd.grad(
