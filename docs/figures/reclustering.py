@@ -4,8 +4,9 @@ Makes the picture of what re-clustering does, out of a short real training run (
 
     python docs/figures/reclustering.py
 
-Model and data are those of the quickstart, clusters are of hidden states. After each fit the model embeds the same
-training blocks of known domain, rare domains drawn more often than they occur; training itself never sees a domain.
+Model and data are those of the quickstart; clusters are of hidden states, which is not the default. After each fit the
+model embeds the same training blocks of known domain, rare domains drawn more often than they occur; training itself
+never sees a domain.
 A block belongs to the cluster whose centroid is nearest to its embedding, as in k-means.
 """
 
@@ -22,6 +23,7 @@ from transformers import AutoConfig, Trainer, TrainingArguments, default_data_co
 from modeling_cse import CSEGPT2ForCausalLM
 from modeling_cse.analysis import ClusterView, plot_reclustering
 from modeling_cse.data import load_corpus, pack, split_by_domain, train_tokenizer
+from modeling_cse.runs.arguments import has_bf16
 from modeling_cse.training import ClusterExpertsCallback, FeatureCollector
 
 
@@ -85,13 +87,18 @@ def train(output: str) -> Watcher:
         domains,
         warmup=FITS[0],
         recluster_every=FITS[1] - FITS[0],
+        algorithm="kmeans",
         num_clusters=4,
         common_share=0.7,
         sample_size=512,
         seed=SEED,
     )
     config = AutoConfig.from_pretrained(
-        "configuration/cse-gpt2-1m", vocab_size=len(tokenizer), cse_combine="add", cse_expert_size=512
+        "configuration/cse-gpt2-1m",
+        vocab_size=len(tokenizer),
+        cse_routing="discriminant",
+        cse_combine="add",
+        cse_expert_size=512,
     )
     args = TrainingArguments(
         output_dir=output,
@@ -102,7 +109,7 @@ def train(output: str) -> Watcher:
         lr_scheduler_type="cosine",
         warmup_steps=50,
         weight_decay=0.1,
-        bf16=True,
+        bf16=has_bf16(use_cpu=True),  # the picture was made in bf16
         use_cpu=True,
         seed=SEED,
         logging_steps=40,
