@@ -129,6 +129,7 @@ def write_model_card(
         base_model_name=escape(base_model if _is_hub_id(base_model) else Path(base_model).name) if base_model else "",
         causal=task == "text-generation",
         routing=getattr(config, "cse_routing", None) if _has_experts(config) else None,
+        combine=getattr(config, "cse_combine", None) if _has_experts(config) else None,
         load_from=repo_id or ".",
         flags=_rows(_flags(config)),
         recipe=_rows(recipe),

@@ -29,7 +29,7 @@ class ExpertDescription:
         expert: its slot; `COMMON` (-1) for the text that stays with the base.
         share: of the texts, those whose cluster it owns, 0 to 1.
         tokens: of all tokens, those that it answers, 0 to 1. A causal model knows little of a text's first tokens, so
-            that fewer tokens than texts may reach an expert.
+            that fewer tokens than texts may reach an expert; tokens of common text that stray to one make it more.
         domains: known domains of its texts to their part of them, the largest first; empty where none is known.
         terms: words that its texts have more often than all others (`top_terms`), the most telling first.
         typical: the beginning of the text that is most its own.

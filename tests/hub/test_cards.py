@@ -105,6 +105,16 @@ def test_the_limits_of_the_routing_are_told(tmp_path, of, sentence):
     assert ("## Routing and its limits" in text) == (of.cse_layers != [])
 
 
+@pytest.mark.parametrize(
+    "combine, sentence", [("add", "as well, whose output is added"), ("replace", "everything else goes through")]
+)
+def test_how_experts_combine_with_the_base_is_told(tmp_path, combine, sentence):
+    text = write(tmp_path, of=config(cse_combine=combine))
+    assert sentence in text and "So rare domains get parameters" in text
+    assert ("whose output is added" in text) == (combine == "add")
+    assert "In the chosen layers" not in write(tmp_path, of=config(cse_combine=combine, cse_layers=[]))
+
+
 def test_empty_parts_are_left_out(tmp_path):
     text = write(tmp_path, results={})
     assert not re.search(r"^## (Results|Data|Training)", text, re.MULTILINE)

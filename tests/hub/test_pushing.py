@@ -6,6 +6,7 @@ with an empty cache, because `huggingface_hub` reads its endpoint when it is imp
 """
 
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -128,11 +129,21 @@ def test_the_example_shares_what_lies_in_a_folder(hub, tmp_path):
     hub.repositories.clear()
     words = [str(ROOT / "examples" / "share_on_the_hub.py"), "--model", "run", "--repo", f"{USER}/tiny-cse"]
     words += ["--license", "mit", "--language", "la"]
+    words += ["--data", str(ROOT / "examples" / "data" / "validation.jsonl.gz")]
     client(hub, tmp_path / "owner", RUN_SCRIPT.format(root=str(ROOT), words=words))
     files = hub.repositories[f"{USER}/tiny-cse"]["main"]
     card = ModelCard(files["README.md"].decode())
     assert (card.data.license, card.data.language) == ("mit", ["la"]) and f'source = "{USER}/tiny-cse"' in card.text
     assert load(hub, tmp_path / "stranger") == "CSEGPT2ForCausalLM [3, 3] 6"
+
+
+def test_the_example_does_not_describe_experts_by_text_that_nobody_named(tmp_path, monkeypatch):
+    """A folder of which no run tells anything: its card would quote the sample corpus."""
+    monkeypatch.setattr(sys, "argv", ["share_on_the_hub.py", "--model", str(tmp_path)])
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    with pytest.raises(SystemExit, match="--data"):
+        runpy.run_path(str(ROOT / "examples" / "share_on_the_hub.py"), run_name="__main__")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
