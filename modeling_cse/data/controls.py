@@ -50,7 +50,9 @@ def label_at_random(
     return _with_labels(dataset, _RandomLabels(_checked_shares(shares), _checked_seed(seed)))
 
 
-def label_by_domain(dataset: Dataset | IterableDataset, domains: Sequence[str]) -> Dataset | IterableDataset:
+def label_by_domain(
+    dataset: Dataset | IterableDataset, domains: Sequence[str], *, every_domain: bool = True
+) -> Dataset | IterableDataset:
     """
     The control "oracle": every sequence gets the cluster of its domain.
 
@@ -61,13 +63,14 @@ def label_by_domain(dataset: Dataset | IterableDataset, domains: Sequence[str]) 
     Args:
         dataset: sequences with a column `domain`, from `pack(..., domain_column=...)` for example.
         domains: names of the domains, each once; the place of a name is its label.
+        every_domain: whether each of them must have a row; False for one split of several that share their names.
 
     Returns:
         The data with a column `given_clusters`, int64, from -1 to `len(domains) - 1`.
 
     Raises:
-        ValueError: domains that are no list of different names, or of which a `Dataset` lacks one; no column `domain`,
-            or labels there already. A row without a domain, when it is read.
+        ValueError: domains that are no list of different names, or (`every_domain`) of which a `Dataset` lacks one; no
+            column `domain`, or labels there already. A row without a domain, when it is read.
     """
     names = [] if isinstance(domains, str) else list(domains)
     if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
@@ -75,7 +78,7 @@ def label_by_domain(dataset: Dataset | IterableDataset, domains: Sequence[str]) 
     _check_columns(dataset, DOMAIN_COLUMN)
     feature = (dataset.features or {}).get(DOMAIN_COLUMN)
     labels = _DomainLabels(names, feature.names if isinstance(feature, ClassLabel) else None)
-    if isinstance(dataset, Dataset):
+    if every_domain and isinstance(dataset, Dataset):
         found = {labels.name_of(value) for value in dataset.unique(DOMAIN_COLUMN)}
         missing = [name for name in names if name not in found]
         if missing:

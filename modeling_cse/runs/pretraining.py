@@ -186,7 +186,8 @@ class Pretraining:
             seed=self.args.seed,
         )
         self.tokenizer = self._load_tokenizer(corpus["train"])
-        self.training = self._label(self._pack(corpus["train"], data.streaming))
+        training = self._pack(corpus["train"], data.streaming)
+        self.training = self._label(training, training)
         self.training_domains: list[str] | None = None  # training itself never sees them
         if isinstance(self.training, Dataset) and "domain" in self.training.column_names:
             self.training_domains = list(self.training["domain"])
@@ -194,7 +195,7 @@ class Pretraining:
         validation = corpus["validation"]
         if isinstance(validation, IterableDataset):  # it is read many times, and by domain
             validation = Dataset.from_list(list(validation))
-        self.validation = split_by_domain(self._label(self._pack(validation, False)))
+        self.validation = split_by_domain(self._label(self._pack(validation, False), training))
         if not self.family.causal:
             self.validation = {
                 domain: mask_once(blocks, self.tokenizer, mlm_probability=data.mlm_probability, seed=self.args.seed)
@@ -240,17 +241,20 @@ class Pretraining:
             streaming=streaming,
         )
 
-    def _label(self, blocks: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        """The clusters of a control, as a column."""
+    def _label(
+        self, blocks: Dataset | IterableDataset, training: Dataset | IterableDataset
+    ) -> Dataset | IterableDataset:
+        """The clusters of a control, as a column. Those of domains are numbered by the training blocks in both splits: a
+        domain that validation lacks must not shift the others."""
         control = self.cluster_arguments.control
         if control is None:
             return blocks
         shares = self.cluster_arguments.random_shares
         if shares is not None:  # those of control="random"
             return label_at_random(blocks, shares, self.args.seed)
-        if isinstance(blocks, IterableDataset) or "domain" not in blocks.column_names:
+        if isinstance(training, IterableDataset) or "domain" not in training.column_names:
             raise ValueError("control='oracle' is not allowed without a domain_column, or with streaming=True.")
-        return label_by_domain(blocks, sorted(set(blocks["domain"])))
+        return label_by_domain(blocks, sorted(set(training["domain"])), every_domain=False)
 
     def _batches(self, blocks: Dataset) -> Iterator[dict[str, torch.Tensor]]:
         # validation blocks are labelled already, in both families

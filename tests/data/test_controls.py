@@ -108,6 +108,11 @@ def test_a_listed_domain_that_no_row_has_is_refused():
         label_by_domain(sequences(6), ["a", "legall"])
 
 
+def test_a_split_may_lack_a_domain_of_the_others():
+    labelled = label_by_domain(sequences(6), ["aa", "b", "c"], every_domain=False)
+    assert list(labelled["given_clusters"]) == [-1, 1, 2, -1, 1, 2]
+
+
 @pytest.mark.parametrize("domains", [[], "abc", ["a", "a"], ["a", 3]])
 def test_wrong_domains_are_refused_by_name(domains):
     with pytest.raises(ValueError, match="domains=.*is not allowed: it must be a list of different names"):

@@ -311,6 +311,25 @@ def test_the_oracle_routes_by_domain(tmp_path):
     }
 
 
+def jsonl(path, domains, count: int = 8):
+    """Texts of these domains, each with words of its own."""
+    rows = [{"text": f"{name} " * 60, "domain": name} for name in domains for _ in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_the_oracle_s_labels_are_those_of_training(tmp_path):
+    """Validation lacks the first domain, and has one that no expert can know."""
+    files = {"train_file": jsonl(tmp_path / "train.jsonl", "abc")}
+    files["validation_file"] = jsonl(tmp_path / "validation.jsonl", "bcd")
+    changes = {**SHORT, **files, "control": "oracle", "tokenizer_vocab_size": 300, "max_eval_samples": None}
+    run = Pretraining(GPT2, *parse_arguments(flags(tmp_path / "run", **changes)))
+    run._load_data()
+    assert set(run.training["given_clusters"]) == {0, 1, 2}
+    found = {domain: set(blocks["given_clusters"]) for domain, blocks in run.validation.items()}
+    assert found == {"b": {1}, "c": {2}, "d": {-1}}
+
+
 def test_random_routes_have_the_sizes_they_were_given(tmp_path):
     run = [*flags(tmp_path / "run", **{**SHORT, "control": "random"}), "--random_shares", "0.5", "0.3", "0.2"]
     report = pretrain(GPT2, [*run, "--common_share", "0.4"])
