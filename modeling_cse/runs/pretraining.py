@@ -244,8 +244,8 @@ class Pretraining:
     def _label(
         self, blocks: Dataset | IterableDataset, training: Dataset | IterableDataset
     ) -> Dataset | IterableDataset:
-        """The clusters of a control, as a column. Those of domains are numbered by the training blocks in both splits: a
-        domain that validation lacks must not shift the others."""
+        """The clusters of a control, as a column. Those of domains are numbered by the training blocks in both splits:
+        a domain that validation lacks must not shift the others."""
         control = self.cluster_arguments.control
         if control is None:
             return blocks

@@ -17,6 +17,9 @@ logger = logging.get_logger(__name__)
 
 # Second moments of the Adam family: they say how large gradients are, which for fresh weights is not zero.
 SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
+# What holds one value per weight that can be laid out like the weight, and what only counts steps; by PyTorch's names.
+PER_WEIGHT = ("exp_avg", *SQUARES, "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "sum")
+COUNTS = ("step", "mu_product")
 
 
 @torch.no_grad()
@@ -31,7 +34,8 @@ def start_moments(
     matrix in the same place. From zero, Adam would divide by next to nothing and take its first steps several times
     too large: (1 - beta1^n) / sqrt(1 - beta2^n) is 6.5 after n = 10 steps at beta2 = 0.999.
 
-    Optimizers whose state is not one value per weight (and SGD without momentum, which has none) start by themselves.
+    Optimizers whose state is not one plain value per weight (Adafactor, those in eight bits), and SGD without
+    momentum, which has none, start by themselves.
 
     Args:
         optimizer: of the run.
@@ -82,16 +86,25 @@ def _start_of_slot(module: RoutedModule, name: str, base: dict[str, torch.Tensor
 
 
 def _state_names(optimizer: torch.optim.Optimizer, module: RoutedModule) -> list[str]:
-    """The entries of the optimizer's state that hold one value per weight of the base."""
+    """The entries of the optimizer's state that hold one value per weight of the base; none if there is anything in it
+    that could not be begun for an expert, like the scales of moments in eight bits."""
     found: list[list[str]] = []
 
     def look(parameter: nn.Parameter) -> torch.Tensor:
         state = optimizer.state.get(parameter, {})
-        found.append([k for k, v in state.items() if torch.is_tensor(v) and v.shape == parameter.shape and v.dim()])
+        names = [name for name, value in state.items() if name in PER_WEIGHT and _is_plain(value, parameter)]
+        found.append(names if set(state) <= {*names, *COUNTS} else [])
         return parameter
 
     module.base_weights(of=look)
     return found[0] if all(names == found[0] for names in found) else []
+
+
+def _is_plain(value: object, parameter: nn.Parameter) -> bool:
+    """Whether it holds a number for each weight: codes of eight bits have the shape too, as bytes or as a subclass."""
+    if not torch.is_tensor(value) or value.shape != parameter.shape or not value.is_floating_point():
+        return False
+    return type(values_here(value)) is torch.Tensor
 
 
 def _first_base_state(optimizer: torch.optim.Optimizer, module: RoutedModule) -> dict:
@@ -150,11 +163,8 @@ class IdleSlots:
             for parameter in module.experts.parameters():
                 numbers = slots_here(parameter)
                 rows = torch.isin(numbers, torch.tensor(idle, device=numbers.device)).nonzero().flatten()
-                per_weight = [
-                    value
-                    for value in optimizer.state.get(parameter, {}).values()
-                    if torch.is_tensor(value) and value.shape == parameter.shape
-                ]
+                state = optimizer.state.get(parameter, {})
+                per_weight = [value for value in state.values() if _is_plain(value, parameter)]
                 self.held += [(tensor, rows, values_here(tensor)[rows].clone()) for tensor in (parameter, *per_weight)]
 
     @torch.no_grad()

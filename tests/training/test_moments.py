@@ -4,7 +4,7 @@
 import pytest
 import torch
 from tiny import activate, routed_module, routed_modules, tiny_model, token_ids
-from tiny_runs import Watcher, settings, train
+from tiny_runs import Watcher, fit_steps, settings, train
 
 from modeling_cse import ClusterExpertsCallback
 from modeling_cse.training.moments import IdleSlots, start_moments
@@ -87,6 +87,23 @@ def test_optimizers_without_such_moments_start_by_themselves(optimizer_class):
     optimizer = stepped(model, optimizer_class)
     start_moments(optimizer, routed_module(model, 2), {0: None})
     assert not optimizer.state.get(routed_module(model, 2).experts.up_proj)
+
+
+@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "adamw_torch_8bit"])
+def test_optimizers_in_eight_bits_train_over_fits(tmp_path, name):
+    """Their codes have the shape of the weights; large tensors only. Slots without a cluster keep their weights."""
+    pytest.importorskip("bitsandbytes" if "bnb" in name else "torchao")
+    watcher = Watcher(lambda model: routed_module(model, 2).experts.up_proj.detach().clone())
+    model = tiny_model("gpt2", n_embd=128)
+    options = {"optim": name, "weight_decay": 0.5, "max_steps": 8, "callbacks": [watcher]}
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its steps, which takes a minute
+        trainer = train(tmp_path, ClusterExpertsCallback(**settings(recluster_every=3)), model=model, **options)
+    routed = routed_module(trainer.model, 2)
+    used = set(routed.router.cluster_expert.tolist()) - {-1}
+    assert fit_steps(trainer) == [4, 7] and trainer.optimizer.state[routed.experts.up_proj]
+    assert used and all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    for slot in range(routed.experts.num_experts):
+        assert torch.equal(watcher.seen[7][slot], routed.experts.up_proj[slot]) == (slot not in used)
 
 
 @pytest.mark.parametrize("module", MODULES)
