@@ -39,6 +39,7 @@ from ..evaluation import perplexity_for_trainer, row_losses_for_trainer
 from ..hub import hardware
 from ..training import ClusterExpertsCallback, check_checkpoint, last_complete_checkpoint
 from .arguments import ClusterArguments, DataArguments, ModelArguments, parse_arguments
+from .checks import check_arguments, check_twin
 from .folder import EpochCallback, JsonLinesCallback, check_folder, note_interruption, write_settings
 from .report import report_run
 
@@ -84,7 +85,8 @@ class Pretraining:
             The report: perplexities by run and domain, expert shares by domain, the completed sentence.
         """
         self.folder = Path(self.args.output_dir)
-        self._check_arguments()
+        folders = [self.folder / name for name in RUNS]
+        check_arguments(self.model_arguments, self.args, self.family.causal, folders)
         resume = self.args.resume_from_checkpoint is not None
         check_folder(self.folder, self._settings(), resume)
         callback = ClusterExpertsCallback(**self.cluster_arguments.callback_arguments(self.args.seed))
@@ -123,33 +125,6 @@ class Pretraining:
         """The data set, if it is one of the Hub's and no local folder."""
         name = self.data_arguments.dataset_name
         return [] if name is None or Path(name).exists() else [name]
-
-    def _check_arguments(self) -> None:
-        """Refuses settings of which one would silently be passed over."""
-        model, asked = self.model_arguments, self.args.resume_from_checkpoint
-        for name in ("config_overrides", "tokenizer_vocab_size"):
-            if model.model_name_or_path is not None and getattr(model, name) is not None:
-                raise ValueError(
-                    f"{name}={getattr(model, name)!r} is not allowed with model_name_or_path: a checkpoint has its "
-                    "own."
-                )
-        if model.tokenizer_name is not None and model.tokenizer_vocab_size is not None:
-            raise ValueError(
-                f"tokenizer_vocab_size={model.tokenizer_vocab_size} is not allowed with tokenizer_name: choose one."
-            )
-        if not self.family.causal and self.args.dataloader_persistent_workers:
-            raise ValueError(
-                "dataloader_persistent_workers=True is not allowed for a masked language model: masks change with the "
-                "epoch, of which such workers are not told."
-            )
-        if asked in (None, "last"):
-            return
-        own = [(self.folder / name).resolve() for name in RUNS]
-        if not Path(asked).is_dir() or Path(asked).resolve().parent not in own:
-            raise ValueError(
-                f"resume_from_checkpoint={asked!r} is not allowed: it must be 'last' or an existing checkpoint of "
-                f"this run, like {str(self.folder / RUNS[0] / 'checkpoint-100')!r}."
-            )
 
     def _settings(self) -> dict[str, Any]:
         groups = {
@@ -330,7 +305,10 @@ class Pretraining:
                 cache_dir=self.model_arguments.cache_dir,
                 revision=self.model_arguments.model_revision,
                 token=self.model_arguments.token,
+                dtype=torch.float32,  # like the twin; by default that of the checkpoint
             )
+        if self.cluster_arguments.compare_with_dense:
+            check_twin(model, source)
         if name == "dense":
             config.cse_layers = []
             twin = self.family.model_class(config)

@@ -198,6 +198,34 @@ def test_it_goes_on_from_a_dense_checkpoint(tmp_path, gpt2_run):
     assert model.config.cse_separator_token_id == model.config.eos_token_id
 
 
+def going_on_from(folder, tmp_path, **changes) -> Pretraining:
+    """A run that starts from the checkpoint in a folder."""
+    own = {"model_name_or_path": folder, "config_overrides": None, "tokenizer_vocab_size": None, **changes}
+    return Pretraining(GPT2, *parse_arguments(flags(tmp_path / "run", **own)))
+
+
+def test_both_models_of_a_checkpoint_in_half_precision_train_in_full(tmp_path, gpt2_run):
+    """The saved dense twin: its config names experts in no layer, which a flag sets."""
+    half = AutoModelForCausalLM.from_pretrained(gpt2_run[0] / "dense", dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(gpt2_run[0] / "dense").save_pretrained(tmp_path / "half")
+    run = going_on_from(tmp_path / "half", tmp_path)
+    run.model_arguments.cse_layers = [-1]
+    run.tokenizer = AutoTokenizer.from_pretrained(tmp_path / "half")
+    assert half.dtype == torch.bfloat16
+    for name in ("cse", "dense"):
+        model = run._model(name)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert len(model.base_model.routed_modules()) == (name == "cse")
+
+
+def test_a_twin_without_what_experts_have_learned_is_refused(tmp_path, gpt2_run):
+    run = going_on_from(gpt2_run[0] / "cse", tmp_path)
+    with pytest.raises(ValueError, match="compare_with_dense=True is not allowed .* lack what its experts have"):
+        run.run()
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "changes, complaint",
     [

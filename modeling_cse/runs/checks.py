@@ -1,0 +1,60 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""What a run refuses: settings of which one would silently be passed over, or fail long after its start."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, TrainingArguments
+
+from .arguments import ModelArguments
+
+
+def check_arguments(model: ModelArguments, args: TrainingArguments, causal: bool, folders: list[Path]) -> None:
+    """
+    Refuses settings that do not go together, before anything is read.
+
+    Args:
+        model, args: of the run.
+        causal: whether it models language from left to right.
+        folders: of its models, in which its checkpoints lie.
+
+    Raises:
+        ValueError: one setting puts another out of force, or the run cannot do what one asks for.
+    """
+    for name in ("config_overrides", "tokenizer_vocab_size"):
+        if model.model_name_or_path is not None and getattr(model, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(model, name)!r} is not allowed with model_name_or_path: a checkpoint has its own."
+            )
+    if model.tokenizer_name is not None and model.tokenizer_vocab_size is not None:
+        raise ValueError(
+            f"tokenizer_vocab_size={model.tokenizer_vocab_size} is not allowed with tokenizer_name: choose one."
+        )
+    if not causal and args.dataloader_persistent_workers:
+        raise ValueError(
+            "dataloader_persistent_workers=True is not allowed for a masked language model: masks change with the "
+            "epoch, of which such workers are not told."
+        )
+    asked = args.resume_from_checkpoint
+    if asked in (None, "last"):
+        return
+    own = [folder.resolve() for folder in folders]
+    if not Path(asked).is_dir() or Path(asked).resolve().parent not in own:
+        raise ValueError(
+            f"resume_from_checkpoint={asked!r} is not allowed: it must be 'last' or an existing checkpoint of this "
+            f"run, like {str(folders[0] / 'checkpoint-100')!r}."
+        )
+
+
+def check_twin(model: PreTrainedModel, source: str | None) -> None:
+    """
+    Whether a dense twin would start from all that a model knows.
+
+    Raises:
+        ValueError: the model has clusters, so that text goes through experts that the twin has not.
+    """
+    if any(module.router.num_clusters for module in model.base_model.routed_modules().values()):
+        raise ValueError(
+            f"compare_with_dense=True is not allowed with model_name_or_path={source!r}, whose routers hold clusters: "
+            "the dense twin would lack what its experts have learned. Start from a dense checkpoint, or leave "
+            "compare_with_dense out."
+        )
