@@ -70,7 +70,7 @@ def _random_numbers_kept(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed: it takes accelerators along, for good
         try:
             yield
         finally:

@@ -121,6 +121,15 @@ def test_random_numbers_of_data_and_collator_are_given_back():
     assert found[0] == found[1]
 
 
+def test_generators_of_accelerators_are_left_alone(monkeypatch):
+    """Nothing here gives them back."""
+    for device in (torch.cuda, torch.xpu, torch.mps):
+        monkeypatch.setattr(device, "manual_seed" if device is torch.mps else "manual_seed_all", pytest.fail)
+    with ahead._random_numbers_kept(3):
+        drawn = torch.rand(3)
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(3)))
+
+
 @pytest.mark.parametrize(("processes", "passes"), [(1, 2), (2, 4)])
 def test_processes_read_as_many_batches_however_many_documents_they_hold(monkeypatch, processes, passes):
     """Rows of three documents: one process has enough after two batches, of two none may stop before the other."""
