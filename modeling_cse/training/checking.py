@@ -50,7 +50,7 @@ def check_model(base: nn.Module, settings: ClusterSettings, schedule: FitSchedul
         module.check_base()
     most = min(module.router.max_clusters for module in modules)
     asked, routing = settings.cluster_range, base.config.cse_routing
-    if asked is not None and asked[0] > most:
+    if asked is not None and asked[1] > most:
         raise ValueError(
             f"num_clusters={settings.num_clusters} is not allowed: the routers of this model hold at most "
             f"cse_max_clusters={most}."

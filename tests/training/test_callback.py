@@ -215,6 +215,15 @@ def test_more_clusters_than_sequences_are_refused_and_nothing_is_written(tmp_pat
     assert clusters_in_use(trainer.model) == [0, 0]
 
 
+@pytest.mark.parametrize("asked", [17, (2, 17)])
+def test_more_clusters_than_routers_hold_are_refused_at_the_start(tmp_path, asked):
+    """The upper end of a range too: the silhouette may choose it."""
+    watcher = Watcher()
+    with pytest.raises(ValueError, match=r"num_clusters=.*17.* is not allowed: .* at most cse_max_clusters=16"):
+        train(tmp_path, ClusterExpertsCallback(**settings(num_clusters=asked, sample_size=32)), callbacks=[watcher])
+    assert not watcher.logs
+
+
 def test_activations_that_are_not_finite_are_refused_and_nothing_is_written(tmp_path):
     """Also not in the layer before the one that diverged."""
     model = tiny_model("gpt2")
