@@ -14,7 +14,7 @@ from ..clustering import ClusterSettings, move_clusters
 from ..dispatch_cse import RoutedModule, Site
 from ..sharding_cse import is_sharded
 from .ahead import can_read_ahead, read_ahead
-from .checking import check_model, is_joint
+from .checking import check_late, check_model, check_warmup, is_joint
 from .checkpoints import check_sums
 from .collecting import FeatureCollector, refuse_adapters, refuse_parallel_plans, routed_base_model
 from .fitting import fit_layers
@@ -249,6 +249,8 @@ class ClusterExpertsCallback(TrainerCallback):
         return self._first_fit if self.automatic is None else self.automatic.first_fit
 
     def _next_fit(self, step: int, max_steps: int) -> int | None:
+        if self._made_up is not None and step < self._made_up:
+            return self._made_up
         return None if self.first_fit is None else self.schedule.next_fit(self.first_fit, step, max_steps)
 
     def _collecting_steps(self, args: TrainingArguments) -> int:
@@ -264,6 +266,7 @@ class ClusterExpertsCallback(TrainerCallback):
         return 0 if self.first_fit is None else self.sample_size - self.first_fit * _step_sequences(args)
 
     def _begin_warmup(self, args: TrainingArguments, state: TrainerState, tokenizer, ahead: bool) -> None:
+        self._made_up: int | None = None
         if state.global_step == 0:  # otherwise the checkpoint says it; averages start from a fit in this run
             self.memory.at_once = self._has_clusters() and self.schedule.update != "ema"
         self.schedule = self._planned.resolve(self.memory.at_once)
@@ -271,7 +274,9 @@ class ClusterExpertsCallback(TrainerCallback):
         self.memory.at_once = first == 0
         if first is not None:
             self._first_fit = first
-            self._check_warmup(first, state.max_steps, ahead)
+            begins = ahead or self._has_clusters()
+            check_warmup(self.schedule, first, state.max_steps, begins, bool(self.memory.discriminants))
+            self._make_up_for_first_fit(args, state)
             return
         if self._has_clusters() and not self.memory.warmup:
             raise ValueError("warmup='auto' is not allowed for a model that has clusters: use warmup=0.")
@@ -286,21 +291,18 @@ class ClusterExpertsCallback(TrainerCallback):
             self.automatic.load(self.memory.warmup)
         self.automatic.attach()
 
-    def _check_warmup(self, first: int, max_steps: int, ahead: bool) -> None:
-        warmup = self.schedule.warmup
-        if first >= max_steps:
-            raise ValueError(
-                f"warmup={warmup!r} is not allowed: it ends at step {first}, but training has only "
-                f"{max_steps} steps, so no expert would ever be switched on."
-            )
-        if first == 0 and not ahead and not self._has_clusters():
-            raise ValueError(
-                "warmup=0 is not allowed for a model without clusters, except with cse_routing='evidence' or 'given', "
-                "training data with a length, and no layer_budget: fit them first (fit_experts), or let the model "
-                "train densely for a while."
-            )
-        if first == 0 and self.schedule.update == "ema" and not self.memory.discriminants:
-            raise ValueError("warmup=0 is not allowed with update='ema': averages start from a fit in this run.")
+    def _make_up_for_first_fit(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Resuming behind the first fit from a checkpoint without clusters: they are found as soon as there is a
+        sample, and from then on when they would have been."""
+        step = state.global_step
+        if step < max(self._first_fit, 1) or self._has_clusters():
+            return
+        check_late(step, state.max_steps)
+        self._made_up = min(step + self._collecting_steps(args), state.max_steps - 1)
+        logger.warning(
+            f"the checkpoint of step {step} has no clusters, though the first fit was due at step {self._first_fit}: "
+            f"it is made up for at step {self._made_up}."
+        )
 
     def detach(self) -> None:
         """Takes the hooks off the model."""

@@ -5,7 +5,7 @@ from torch import nn
 
 from ..clustering import ClusterSettings
 from ..clustering.settings import GIVEN, TEXT
-from .schedule import FitSchedule
+from .schedule import FitSchedule, as_step
 
 
 def is_joint(base: nn.Module, settings: ClusterSettings) -> bool:
@@ -30,6 +30,55 @@ def check_algorithm(base: nn.Module, settings: ClusterSettings) -> None:
         raise ValueError(
             f"algorithm={settings.algorithm!r} is not allowed with cse_routing='evidence', shared by all sites: "
             "it must be 'text' or 'given'."
+        )
+
+
+def check_warmup(schedule: FitSchedule, first: int, max_steps: int, begins: bool, averages: bool) -> None:
+    """
+    Whether a warm-up of known length ends where it may.
+
+    Args:
+        schedule: of the fits, resolved.
+        first: the step of the first fit.
+        max_steps: of training.
+        begins: whether clusters are there, or can be found, before the first step.
+        averages: whether there are averages of clusters, from a fit in this run.
+
+    Raises:
+        ValueError: it ends behind training or the last fit, or there is none where one is needed.
+    """
+    warmup, until = schedule.warmup, schedule.recluster_until
+    if first >= max_steps:
+        raise ValueError(
+            f"warmup={warmup!r} is not allowed: it ends at step {first}, but training has only {max_steps} steps, so "
+            "no expert would ever be switched on."
+        )
+    if until is not None and as_step(until, max_steps) < first:
+        raise ValueError(
+            f"recluster_until={until!r} is not allowed with warmup={warmup!r}: it is step "
+            f"{as_step(until, max_steps)}, and must not lie before the first fit at step {first}."
+        )
+    if first == 0 and not begins:
+        raise ValueError(
+            "warmup=0 is not allowed for a model without clusters, except with cse_routing='evidence' or 'given', "
+            "training data with a length, and no layer_budget: fit them first (fit_experts), or let the model train "
+            "densely for a while."
+        )
+    if first == 0 and schedule.update == "ema" and not averages:
+        raise ValueError("warmup=0 is not allowed with update='ema': averages start from a fit in this run.")
+
+
+def check_late(step: int, max_steps: int) -> None:
+    """
+    Whether a run that is resumed without clusters, behind its first fit, can make up for it.
+
+    Raises:
+        ValueError: nothing is left to train what a fit would change.
+    """
+    if step >= max_steps - 1:
+        raise ValueError(
+            f"max_steps={max_steps} is not allowed with a checkpoint of step {step} that has no clusters: no expert "
+            "would ever be switched on, so it must be larger."
         )
 
 

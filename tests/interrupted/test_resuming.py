@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Promises of a resumed run: it is the uninterrupted one, or it says why it cannot be."""
 
+import logging
 import shutil
 
 import pytest
@@ -62,6 +63,25 @@ def test_a_dense_checkpoint_of_the_warm_up_is_taken_up(tmp_path):
     make_trainer(tmp_path, **{**SAVING, "save_steps": 3, "max_steps": 4}).train()
     trainer = run(tmp_path, "frozen", resume=str(tmp_path / "checkpoint-3"), save_strategy="no")
     assert fit_steps(trainer) == [6]
+
+
+@pytest.mark.parametrize(
+    ("update", "fits"), [("frozen", [10]), ("ema", [10]), ("recluster", [10, 12]), ("recluster+ema", [10, 12])]
+)
+def test_a_dense_checkpoint_from_behind_the_first_fit_is_made_up_for(tmp_path, caplog, monkeypatch, update, fits):
+    """The first fit was due at step 6: two steps read the sample, and later fits are those of the unbroken run."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    make_trainer(tmp_path, **{**SAVING, "save_steps": 8, "max_steps": 9}).train()
+    resumed = str(tmp_path / "checkpoint-8")
+    trainer = run(tmp_path, update, resume=resumed, max_steps=16, save_strategy="no")
+    assert fit_steps(trainer) == fits
+    assert "checkpoint of step 8 has no clusters, though the first fit was due at step 6" in caplog.text
+
+
+def test_where_nothing_is_left_to_make_up_for_it_is_refused(tmp_path):
+    make_trainer(tmp_path, **{**SAVING, "save_steps": 8, "max_steps": 8}).train()
+    with pytest.raises(ValueError, match="max_steps=9 is not allowed with a checkpoint of step 8 that has no cluster"):
+        run(tmp_path, "frozen", resume=str(tmp_path / "checkpoint-8"), max_steps=9)
 
 
 def test_missing_file_is_named(tmp_path):

@@ -198,6 +198,13 @@ def test_warm_up_as_long_as_training_is_refused(tmp_path, warmup):
         train(tmp_path, ClusterExpertsCallback(**settings(warmup=warmup)))
 
 
+@pytest.mark.parametrize("until", [3, 0.3])
+def test_an_end_of_fits_before_the_first_is_refused(tmp_path, until):
+    with pytest.raises(ValueError, match=rf"recluster_until={until} is not allowed with warmup=4: .* fit at step 4"):
+        train(tmp_path, ClusterExpertsCallback(**settings(recluster_until=until)))
+    assert fit_steps(train(tmp_path, ClusterExpertsCallback(**settings(recluster_until=4)))) == [4]
+
+
 def test_no_warm_up_needs_clusters(tmp_path):
     with pytest.raises(ValueError, match="warmup=0.*fit_experts"):
         train(tmp_path, ClusterExpertsCallback(**settings(warmup=0)))
