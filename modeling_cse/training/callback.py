@@ -140,8 +140,10 @@ class ClusterExpertsCallback(TrainerCallback):
         self.settings = self._asked.resolve(self.base.config.cse_routing)
         check_model(self.base, self.settings, self.schedule)
         check_stage(model)
-        step = args.train_batch_size * args.gradient_accumulation_steps
-        capacity = local_capacity(self.sample_size, args.train_batch_size)
+        # with auto_find_batch_size the arguments keep the first guess
+        self._rows = (state.train_batch_size if args.auto_find_batch_size else None) or args.train_batch_size
+        step = self._rows * args.gradient_accumulation_steps
+        capacity = local_capacity(self.sample_size, self._rows)
         self.collector = FeatureCollector(
             model,
             max(capacity, step) if self.schedule.moves else capacity,
@@ -162,7 +164,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self.idle.take(self._modules(), optimizer)
         missing = self._missing_at_first_fit(args)
         if ahead and missing > 0:
-            read_ahead(self.collector, model, dataloader, args.train_batch_size, missing, self.settings.seed)
+            read_ahead(self.collector, model, dataloader, self._rows, missing, self.settings.seed)
         if self.first_fit == 0 and not self._has_clusters():
             self._fit_and_log(args, state, control, optimizer)
 
@@ -253,8 +255,12 @@ class ClusterExpertsCallback(TrainerCallback):
             return self._made_up
         return None if self.first_fit is None else self.schedule.next_fit(self.first_fit, step, max_steps)
 
+    def _step_sequences(self, args: TrainingArguments) -> int:
+        """Sequences of an optimizer step, over all processes."""
+        return self._rows * args.gradient_accumulation_steps * world_size()
+
     def _collecting_steps(self, args: TrainingArguments) -> int:
-        return math.ceil(self.sample_size / _step_sequences(args))
+        return math.ceil(self.sample_size / self._step_sequences(args))
 
     def _may_read_ahead(self, dataloader) -> bool:
         """Whether a fit may look at text that training has not seen yet. Layers are chosen by states, that only
@@ -263,7 +269,7 @@ class ClusterExpertsCallback(TrainerCallback):
 
     def _missing_at_first_fit(self, args: TrainingArguments) -> int:
         """Sequences that training will not have read by then of those that make a sample."""
-        return 0 if self.first_fit is None else self.sample_size - self.first_fit * _step_sequences(args)
+        return 0 if self.first_fit is None else self.sample_size - self.first_fit * self._step_sequences(args)
 
     def _begin_warmup(self, args: TrainingArguments, state: TrainerState, tokenizer, ahead: bool) -> None:
         self._made_up: int | None = None
@@ -283,7 +289,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self.automatic = AutomaticWarmup(
             self.base,
             state.max_steps,
-            _step_sequences(args),
+            self._step_sequences(args),
             self._collecting_steps(args),
             getattr(tokenizer, "all_special_ids", ()),
         )
@@ -366,11 +372,6 @@ class ClusterExpertsCallback(TrainerCallback):
         if folder is not None:
             load_state(folder, rank(), state.global_step, self.memory, self._sampler.stores, self.base)
             check_sums(folder)
-
-
-def _step_sequences(args: TrainingArguments) -> int:
-    """Sequences of an optimizer step, over all processes."""
-    return args.train_batch_size * args.gradient_accumulation_steps * world_size()
 
 
 def _is_count(value: object, least: int) -> bool:

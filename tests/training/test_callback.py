@@ -198,6 +198,28 @@ def test_warm_up_as_long_as_training_is_refused(tmp_path, warmup):
         train(tmp_path, ClusterExpertsCallback(**settings(warmup=warmup)))
 
 
+def test_a_batch_size_that_was_found_counts(tmp_path, monkeypatch):
+    """Batches of eight do not fit, and the search goes down to four: a sample of sixteen is four steps of them."""
+    counts = []
+
+    class TooLarge(ClusterExpertsCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            if state.train_batch_size > 4:
+                raise RuntimeError("CUDA out of memory.")
+            super().on_train_begin(args, state, control, model=model, **kwargs)
+
+        def on_step_end(self, args, state, control, model, optimizer, **kwargs):
+            counts.append(next(iter(self.collector.stores.values())).seen)
+            super().on_step_end(args, state, control, model, optimizer, **kwargs)
+
+    callback = TooLarge(**settings(warmup=6, update="frozen"))
+    trainer = train(tmp_path, callback, auto_find_batch_size=True)
+    rows = trainer.state.train_batch_size
+    assert trainer.args.train_batch_size == 8 and rows <= 4
+    steps = -(-16 // rows)
+    assert counts[:6] == [max(0, rows * (step - 6 + steps)) for step in range(1, 7)]
+
+
 @pytest.mark.parametrize("until", [3, 0.3])
 def test_an_end_of_fits_before_the_first_is_refused(tmp_path, until):
     with pytest.raises(ValueError, match=rf"recluster_until={until} is not allowed with warmup=4: .* fit at step 4"):
