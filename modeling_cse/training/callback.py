@@ -14,7 +14,7 @@ from ..clustering import ClusterSettings, move_clusters
 from ..dispatch_cse import RoutedModule, Site
 from ..sharding_cse import is_sharded
 from .ahead import can_read_ahead, read_ahead
-from .checking import check_late, check_model, check_warmup, is_joint
+from .checking import check_late, check_model, check_warmup, is_joint, refuse_replicas
 from .checkpoints import check_sums
 from .collecting import FeatureCollector, refuse_adapters, refuse_parallel_plans, routed_base_model
 from .fitting import fit_layers
@@ -132,6 +132,7 @@ class ClusterExpertsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model, optimizer=None, **kwargs
     ):
+        refuse_replicas(args)
         self.detach()
         self.automatic, self.saves = None, CheckpointSaves()
         refuse_adapters(model)
@@ -273,6 +274,8 @@ class ClusterExpertsCallback(TrainerCallback):
 
     def _begin_warmup(self, args: TrainingArguments, state: TrainerState, tokenizer, ahead: bool) -> None:
         self._made_up: int | None = None
+        if state.global_step > 0 and not self._has_clusters():
+            check_late(state.global_step, state.max_steps)
         if state.global_step == 0:  # otherwise the checkpoint says it; averages start from a fit in this run
             self.memory.at_once = self._has_clusters() and self.schedule.update != "ema"
         self.schedule = self._planned.resolve(self.memory.at_once)
@@ -295,6 +298,7 @@ class ClusterExpertsCallback(TrainerCallback):
         )
         if self.memory.warmup:
             self.automatic.load(self.memory.warmup)
+        self.automatic.warn_of_room(self.sample_size)
         self.automatic.attach()
 
     def _make_up_for_first_fit(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -303,7 +307,6 @@ class ClusterExpertsCallback(TrainerCallback):
         step = state.global_step
         if step < max(self._first_fit, 1) or self._has_clusters():
             return
-        check_late(step, state.max_steps)
         self._made_up = min(step + self._collecting_steps(args), state.max_steps - 1)
         logger.warning(
             f"the checkpoint of step {step} has no clusters, though the first fit was due at step {self._first_fit}: "

@@ -2,6 +2,7 @@
 """Whether clusters that are found so suit a model: said at the start, where it would fail at the first fit."""
 
 from torch import nn
+from transformers import TrainingArguments
 
 from ..clustering import ClusterSettings
 from ..clustering.settings import GIVEN, TEXT
@@ -79,6 +80,20 @@ def check_late(step: int, max_steps: int) -> None:
         raise ValueError(
             f"max_steps={max_steps} is not allowed with a checkpoint of step {step} that has no clusters: no expert "
             "would ever be switched on, so it must be larger."
+        )
+
+
+def refuse_replicas(args: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: one process drives several GPUs. Replicas share the hooks of the model, so that the features of one
+            of them would be all that a fit sees.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"n_gpu={args.n_gpu} is not allowed: nn.DataParallel hides what all GPUs but one read from the fits, so "
+            "it must be 1. Start a process for each GPU with torchrun or accelerate launch, or set "
+            "CUDA_VISIBLE_DEVICES."
         )
 
 

@@ -44,13 +44,24 @@ class AutomaticWarmup:
         self.peaks = PeakFinder()
         self.interval = max(1, math.ceil(self.consistency.window / step_sequences / PER_WINDOW))
         self.collecting_steps = collecting_steps
-        self.latest = min(math.ceil(LONGEST * max_steps), max_steps - 1)
+        self.last = max_steps - 1
+        self.latest = min(math.ceil(LONGEST * max_steps), self.last)
+        self.has_room = 1 + collecting_steps < self.latest
         self.first_fit: int | None = None
 
     def attach(self) -> None:
         """Starts measuring, if the end is not known yet."""
         if self.first_fit is None:
             self.consistency.attach()
+
+    def warn_of_room(self, sample_size: int) -> None:
+        """Says at the start of training if collecting a sample leaves no step to look for a peak in."""
+        if self.first_fit is None and not self.has_room:
+            logger.warning(
+                f"sample_size={sample_size} takes {self.collecting_steps} steps to read, and warmup='auto' has "
+                f"{self.latest}, {LONGEST:.0%} of training: it ends there without looking for a peak. Choose a "
+                "smaller sample_size, or a warmup in steps."
+            )
 
     def detach(self) -> None:
         self.consistency.detach()
@@ -75,11 +86,14 @@ class AutomaticWarmup:
             self.first_fit = min(step + self.collecting_steps, self.latest)
             logger.info(f"gradient consistency peaked at step {peak[0]}: first fit at {self.first_fit}.")
         elif step + self.collecting_steps >= self.latest:
-            self.first_fit = max(self.latest, step + 1)
-            logger.warning(
-                f"gradient consistency has no clear peak in the first {LONGEST:.0%} of training: warmup='auto' ends "
-                f"at step {self.first_fit}."
-            )
+            # behind it where a run was resumed that did not measure: as soon as there is a sample
+            behind = max(step + 1, min(step + self.collecting_steps, self.last))
+            self.first_fit = self.latest if step < self.latest else behind
+            if self.has_room:
+                logger.warning(
+                    f"gradient consistency has no clear peak in the first {LONGEST:.0%} of training: warmup='auto' "
+                    f"ends at step {self.first_fit}."
+                )
         if self.first_fit is not None:
             self.detach()
         return {f"cse/{name}": value for name, value in (measured or {}).items()}

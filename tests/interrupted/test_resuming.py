@@ -78,10 +78,12 @@ def test_a_dense_checkpoint_from_behind_the_first_fit_is_made_up_for(tmp_path, c
     assert "checkpoint of step 8 has no clusters, though the first fit was due at step 6" in caplog.text
 
 
-def test_where_nothing_is_left_to_make_up_for_it_is_refused(tmp_path):
+@pytest.mark.parametrize("warmup", [6, "auto"])
+def test_where_nothing_is_left_to_make_up_for_it_is_refused(tmp_path, warmup):
     make_trainer(tmp_path, **{**SAVING, "save_steps": 8, "max_steps": 8}).train()
     with pytest.raises(ValueError, match="max_steps=9 is not allowed with a checkpoint of step 8 that has no cluster"):
-        run(tmp_path, "frozen", resume=str(tmp_path / "checkpoint-8"), max_steps=9)
+        callback = ClusterExpertsCallback(**{**SLOW, "warmup": warmup, "update": "frozen"})
+        train(tmp_path, callback, resume=str(tmp_path / "checkpoint-8"), max_steps=9)
 
 
 def test_missing_file_is_named(tmp_path):

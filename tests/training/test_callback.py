@@ -2,6 +2,7 @@
 """Promises of the callback: when experts switch on, what is recorded, what is logged, and what is refused."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,6 +219,13 @@ def test_a_batch_size_that_was_found_counts(tmp_path, monkeypatch):
     assert trainer.args.train_batch_size == 8 and rows <= 4
     steps = -(-16 // rows)
     assert counts[:6] == [max(0, rows * (step - 6 + steps)) for step in range(1, 7)]
+
+
+def test_several_gpus_in_one_process_are_refused():
+    """A stand-in for the arguments: it comes first."""
+    callback = ClusterExpertsCallback(**settings())
+    with pytest.raises(ValueError, match="n_gpu=2 is not allowed: nn.DataParallel .* torchrun or accelerate launch"):
+        callback.on_train_begin(SimpleNamespace(n_gpu=2), None, None, model=tiny_model("gpt2"))
 
 
 @pytest.mark.parametrize("until", [3, 0.3])

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from tiny import activate, tiny_model
-from tiny_runs import fit_steps, history, settings, train
+from tiny_runs import fit_steps, history, make_trainer, settings, train
 
 from modeling_cse import ClusterExpertsCallback
 from modeling_cse.training import warmup
@@ -64,6 +64,19 @@ def test_without_a_peak_it_ends_at_the_cap_and_says_so(tmp_path, small, monkeypa
     with caplog.at_level(logging.WARNING):
         assert fit_steps(run(tmp_path)) == [math.ceil(0.6 * STEPS)]
     assert "no clear peak in the first 60%" in caplog.text
+
+
+def test_a_sample_that_leaves_no_room_for_a_peak_is_named(tmp_path, small, caplog):
+    """The curve is not to blame: 24 steps are the most, and 24 of them read the sample."""
+    callback = ClusterExpertsCallback(**settings(warmup="auto", sample_size=192, recluster_every=100))
+    with caplog.at_level(logging.WARNING):
+        assert fit_steps(train(tmp_path, callback, max_steps=STEPS)) == [24]
+    assert "sample_size=192 takes 24 steps to read" in caplog.text and "no clear peak" not in caplog.text
+
+
+def test_a_dense_checkpoint_behind_the_cap_is_fitted_as_soon_as_there_is_a_sample(tmp_path, small):
+    make_trainer(tmp_path, max_steps=31, save_strategy="steps", save_steps=30).train()
+    assert fit_steps(run(tmp_path, resume=str(tmp_path / "checkpoint-30"))) == [33]
 
 
 def test_measuring_changes_nothing(tmp_path, small):
