@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """What a run refuses: settings of which one would silently be passed over, or fail long after its start."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from transformers import PreTrainedModel, TrainingArguments
@@ -34,6 +35,11 @@ def check_arguments(model: ModelArguments, args: TrainingArguments, causal: bool
             "dataloader_persistent_workers=True is not allowed for a masked language model: masks change with the "
             "epoch, of which such workers are not told."
         )
+    if args.do_eval and not args.do_train and args.eval_strategy == "no":
+        raise ValueError(
+            "do_eval=True is not allowed without do_train: this script trains, and evaluates when it has. Leave it "
+            "out, or set do_train; eval_strategy says when to evaluate in between."
+        )
     asked = args.resume_from_checkpoint
     if asked in (None, "last"):
         return
@@ -42,6 +48,31 @@ def check_arguments(model: ModelArguments, args: TrainingArguments, causal: bool
         raise ValueError(
             f"resume_from_checkpoint={asked!r} is not allowed: it must be 'last' or an existing checkpoint of this "
             f"run, like {str(folders[0] / 'checkpoint-100')!r}."
+        )
+
+
+def check_best_metric(args: TrainingArguments, domains: Collection[str]) -> None:
+    """
+    Whether evaluation measures what the best checkpoint is told by; the Trainer finds out after training up to it.
+
+    Args:
+        args: of the run.
+        domains: of the validation text; "all" alone where it has none.
+
+    Raises:
+        ValueError: a metric that there is not, or of which more is worse.
+    """
+    asked = args.metric_for_best_model
+    if asked is None or args.eval_strategy == "no":
+        return
+    places = [""] if list(domains) == ["all"] else [f"{domain}_" for domain in domains]
+    measured = [f"eval_{place}{name}" for place in places for name in ("loss", "perplexity")]
+    if (asked if asked.startswith("eval_") else f"eval_{asked}") not in measured:
+        raise ValueError(f"metric_for_best_model={asked!r} is not allowed: it must be one of {measured}.")
+    if args.greater_is_better:
+        raise ValueError(
+            f"greater_is_better=True is not allowed with metric_for_best_model={asked!r}: less is better, so it must "
+            "be False."
         )
 
 

@@ -39,7 +39,7 @@ from ..evaluation import perplexity_for_trainer, row_losses_for_trainer
 from ..hub import hardware
 from ..training import ClusterExpertsCallback, check_checkpoint, last_complete_checkpoint
 from .arguments import ClusterArguments, DataArguments, ModelArguments, parse_arguments
-from .checks import check_arguments, check_twin
+from .checks import check_arguments, check_best_metric, check_twin
 from .folder import EpochCallback, JsonLinesCallback, check_folder, note_interruption, write_settings
 from .report import report_run
 
@@ -91,6 +91,7 @@ class Pretraining:
         check_folder(self.folder, self._settings(), resume)
         callback = ClusterExpertsCallback(**self.cluster_arguments.callback_arguments(self.args.seed))
         self._load_data()
+        check_best_metric(self.args, self.validation)
         self._model("cse")  # a wrong config must show before anything is written
         write_settings(self.folder, self._settings())
         names = RUNS if self.cluster_arguments.compare_with_dense else RUNS[:1]
@@ -333,7 +334,8 @@ class Pretraining:
             args,
             data_collator=self.collator,
             train_dataset=self.training,
-            eval_dataset=self.validation,
+            # not by name where there is one: the best checkpoint goes by `eval_loss`
+            eval_dataset=self.validation["all"] if list(self.validation) == ["all"] else self.validation,
             processing_class=self.tokenizer,
             compute_metrics=perplexity_for_trainer(),
             preprocess_logits_for_metrics=row_losses_for_trainer(shift=self.family.causal),

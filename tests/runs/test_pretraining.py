@@ -14,55 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_run import ROOT, SHORT, flags, metrics
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from modeling_cse.runs import BERT, GPT2, pretrain, write_run_card
 from modeling_cse.runs.arguments import parse_arguments
 from modeling_cse.runs.pretraining import Pretraining
-
-
-ROOT = Path(__file__).parents[2]
-DATA = ROOT / "examples" / "data"
-TIMINGS = ("runtime", "per_second", "seconds")
-FLAGS = {
-    "train_file": DATA / "train.jsonl.gz",
-    "validation_file": DATA / "validation.jsonl.gz",
-    "domain_column": "domain",
-    "max_train_samples": 120,
-    "max_eval_samples": 9,
-    "tokenizer_vocab_size": 800,
-    "block_size": 64,
-    "max_steps": 14,
-    "per_device_train_batch_size": 4,
-    "learning_rate": "3e-3",
-    "logging_steps": 2,
-    "save_steps": 4,
-    "eval_strategy": "steps",
-    "eval_steps": 7,
-    "warmup": 5,
-    "recluster_every": 5,
-    "num_clusters": 3,
-    "common_share": 0.5,  # of 16 texts, so that some cluster is rare whatever its words
-    "sample_size": 16,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "compare_with_dense": True,
-}
-SMALL = {
-    "gpt2": "n_embd=32,n_layer=3,n_head=4,n_positions=64",
-    "bert": "hidden_size=32,num_hidden_layers=3,num_attention_heads=4,intermediate_size=64,max_position_embeddings=64",
-}
-
-
-def flags(folder, family="gpt2", **changes):
-    values = {**FLAGS, "config_overrides": SMALL[family], "output_dir": folder, **changes}
-    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
-
-
-def metrics(path):
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in entry.items() if not k.endswith(TIMINGS)} for entry in entries]
 
 
 @pytest.fixture(scope="module")
@@ -226,32 +183,6 @@ def test_a_twin_without_what_experts_have_learned_is_refused(tmp_path, gpt2_run)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "changes, complaint",
-    [
-        ({"text_column": "body"}, "body"),
-        ({"num_clusters": 40, "sample_size": 64}, "cse_max_clusters"),
-        ({"num_clusters": 12, "sample_size": 12, "warmup": 2, "cse_routing": "discriminant"}, "num_clusters=12"),
-        ({"block_size": 65}, "block_size=65"),
-        ({"tokenizer_vocab_size": None}, "tokenizer_name"),
-        ({"model_type": "gpt_neo"}, "gpt_neo"),
-        ({"cse_routing": "nearest"}, "cse_routing='nearest'"),
-        ({"update": "never"}, "update='never'"),
-        ({"train_file": "missing.jsonl"}, "missing.jsonl"),
-        ({"model_name_or_path": "somewhere", "tokenizer_vocab_size": None}, "config_overrides"),
-        ({"model_name_or_path": "somewhere", "config_overrides": None}, "tokenizer_vocab_size=800"),
-        ({"tokenizer_name": "somewhere"}, "tokenizer_vocab_size=800"),
-        ({"resume_from_checkpoint": "latest"}, "resume_from_checkpoint='latest'"),
-    ],
-)
-def test_bad_input_is_one_clear_error_and_leaves_nothing(tmp_path, changes, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        pretrain(GPT2, flags(tmp_path / "run", **changes))
-    assert not (tmp_path / "run" / "cse" / "model.safetensors").exists()
-    if "num_clusters" not in changes:  # what only the training data can tell shows when training has begun
-        assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 9])
 def test_a_killed_run_resumes_to_the_bit(tmp_path, gpt2_run, step):
@@ -326,9 +257,6 @@ def test_a_named_checkpoint_that_was_cut_is_refused_by_name(tmp_path, gpt2_run, 
     (place / name).write_bytes((place / name).read_bytes()[:-7])
     with pytest.raises(ValueError, match=f"checkpoint-8' is not a complete checkpoint: .*{name}"):
         pretrain(GPT2, flags(folder, resume_from_checkpoint=str(place)))
-
-
-SHORT = {"eval_strategy": "no", "eval_steps": None, "compare_with_dense": None, "max_steps": 8}
 
 
 def test_the_oracle_routes_by_domain(tmp_path):
