@@ -20,7 +20,8 @@ from ..training.memory import replace_whole
 # Of a corpus that is larger than the run can read, so many characters a token are kept: more than any text has.
 CHARACTERS_PER_TOKEN = 8
 HELD_OUT_PERCENTAGE = 10
-# Blocks: fewer than these show nothing, more than the last one are not evaluated.
+# Blocks: fewer than the first three show nothing. Held out is enough text for the last, however long its tokens are:
+# ordinary text, with about four characters a token, makes twice as many.
 LEAST_TRAINING, LEAST_HELD_OUT, LEAST_OF_DOMAIN, MOST_HELD_OUT = 128, 16, 4, 512
 OTHER = "other (small domains)"
 
@@ -98,7 +99,9 @@ def make_extract(
         name: [(text, OTHER if domain in small else domain) for text, domain in rows] for name, rows in splits.items()
     }
     counts = {name: _merged(count, small) for name, count in counts.items()}
-    lost = [domain for domain in counts["train"] if min(count[domain] for count in counts.values()) < block_size]
+    # a domain may be in one split alone
+    found = counts["train"] | counts["validation"]
+    lost = [domain for domain in found if min(count[domain] for count in counts.values()) < block_size]
     splits = {name: [row for row in rows if row[1] not in lost] for name, rows in splits.items()}
     blocks = {
         name: {domain: count // block_size for domain, count in sorted(by_domain.items()) if domain not in lost}

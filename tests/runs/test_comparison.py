@@ -219,6 +219,27 @@ def test_small_domains_become_one_and_no_text_is_in_both_splits(corpus, tmp_path
     assert sorted(splits["train"]["text"][:] + splits["validation"]["text"][:]) == sorted(r["text"] for r in rows)
 
 
+@pytest.mark.parametrize("characters", [60, 6000], ids=["less than a block", "some blocks"])
+def test_a_domain_of_validation_alone_is_left_out(corpus, tmp_path, characters):
+    rows = [json.loads(line) for line in (corpus / "text.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows.append({"text": "never seen " * (characters // 11), "domain": "new"})
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    extract = make_extract(
+        tmp_path / "data",
+        train=[str(corpus / "text.jsonl")],
+        validation=[str(tmp_path / "validation.jsonl")],
+        text_column="text",
+        domain_column="domain",
+        tokens=10**6,
+        block_size=64,
+        vocab_size=600,
+    )
+    assert extract.left_out == ["new"] and extract.merged == []
+    assert all(set(counts) == {"general", "legal", "medical"} for counts in extract.domains.values())
+    kept = load_corpus(train_file=str(tmp_path / "data" / "validation.jsonl"))["train"]
+    assert set(kept["domain"]) == {"general", "legal", "medical"}
+
+
 def test_of_a_large_corpus_only_what_a_run_reads_is_kept(corpus, tmp_path):
     found = {}
     for tokens in (9_000, 10**6):
