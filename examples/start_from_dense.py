@@ -48,8 +48,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300, help="of the dense model, and again with experts")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--block_size", type=int, default=256)
-    parser.add_argument("--smoke", action="store_true", help="a few steps on a little text")
-    return parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="a few steps on a little text, in a folder of its own")
+    options = parser.parse_args()
+    if options.smoke:
+        options.steps, options.block_size = 6, 64
+        options.output_dir = options.output_dir.with_name(f"{options.output_dir.name}_smoke")
+    return options
 
 
 def trainer_for(model, blocks, folder: Path, options: argparse.Namespace) -> Trainer:
@@ -90,8 +94,6 @@ def print_perplexity(name: str, model, validation: dict) -> None:
 
 def main() -> None:
     options = parse()
-    if options.smoke:
-        options.steps, options.block_size = 6, 64
     corpus = load_corpus(
         train_file=DATA / "train.jsonl.gz", validation_file=DATA / "validation.jsonl.gz", domain_column="domain"
     )

@@ -94,7 +94,7 @@ class DataArguments:
         None, "Training text: txt, json(l), csv or parquet, gz too; or folders of txt files.", nargs="+"
     )
     validation_file: list[str] | None = _flag(None, "Validation text, likewise.", nargs="+")
-    validation_split_percentage: int = _flag(5, "Share of the training text to validate on without such a file.")
+    validation_split_percentage: float = _flag(5, "Share of the training text to validate on without such a file.")
     text_column: str = _flag("text", "Column that holds the text.")
     domain_column: str | None = _flag(None, "Column that names a document's domain: results are then by domain.")
     streaming: bool = _flag(False, "Read the training text while training; needs max_steps.")
@@ -171,7 +171,7 @@ class ClusterArguments:
             "recluster_every": steps_or_share(self.recluster_every, "recluster_every"),
             "recluster_until": None if until is None else steps_or_share(until, "recluster_until"),
             "common_share": _number_or_word("common_share", self.common_share, {"elbow": "elbow", None: None}),
-            "projection": _number_or_word("projection", self.projection, {"auto": "auto", "none": None}),
+            "projection": _number_or_word("projection", self.projection, {"auto": "auto", "none": None, None: None}),
             "seed": seed,
         }
 
@@ -179,10 +179,12 @@ class ClusterArguments:
 def _number_or_word(name: str, value: Any, words: dict[str | None, Any]) -> Any:
     if value in words:
         return words[value]
-    try:
-        return float(value) if "." in str(value) else int(value)
-    except ValueError as error:
-        raise ValueError(f"{name}={value!r} is not allowed: it must be a number or one of {list(words)}.") from error
+    for kind in (int, float):  # YAML reads 1e-1 as text
+        try:
+            return kind(str(value))
+        except ValueError:
+            continue
+    raise ValueError(f"{name}={value!r} is not allowed: it must be a number or one of {list(words)}.")
 
 
 def steps_or_share(value: str | int | float, name: str = "warmup") -> int | float:
@@ -193,7 +195,7 @@ def steps_or_share(value: str | int | float, name: str = "warmup") -> int | floa
     """
     try:
         return int(value) if str(value).strip().isdigit() else float(value)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{name}={value!r} is not allowed: it must be steps (int) or a share (float).") from error
 
 

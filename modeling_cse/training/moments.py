@@ -102,7 +102,7 @@ def _state_names(optimizer: torch.optim.Optimizer, module: RoutedModule) -> list
 
 def _is_plain(value: object, parameter: nn.Parameter) -> bool:
     """Whether it holds a number for each weight: codes of eight bits have the shape too, as bytes or as a subclass."""
-    if not torch.is_tensor(value) or value.shape != parameter.shape or not value.is_floating_point():
+    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape or not value.is_floating_point():
         return False
     return type(values_here(value)) is torch.Tensor
 

@@ -60,6 +60,15 @@ def test_it_runs_from_its_first_command(checkout, name, monkeypatch, capsys):
     assert SAYS[name] in capsys.readouterr().out
 
 
+def test_a_smoke_run_leaves_the_models_of_a_real_one_alone(monkeypatch):
+    parse = runpy.run_path(str(ROOT / "examples" / "start_from_dense.py"))["parse"]
+    places = []
+    for flags in ([], ["--smoke"], ["--smoke", "--output_dir", "runs/mine"]):
+        monkeypatch.setattr(sys, "argv", ["start_from_dense.py", *flags])
+        places.append(parse().output_dir.as_posix())
+    assert places == ["runs/start_from_dense", "runs/start_from_dense_smoke", "runs/mine_smoke"]
+
+
 @pytest.mark.slow
 def test_several_processes_start_from_the_command_in_the_script(checkout):
     environment = {**os.environ, "PYTHONPATH": str(checkout), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}

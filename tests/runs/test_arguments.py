@@ -102,6 +102,10 @@ def test_negative_layers_are_numbers_not_flags(tmp_path):
     assert parse_arguments([recipe(tmp_path, "cse_layers: []\nuse_cpu: true\n")])[0].cse_layers == []
 
 
+def test_a_share_of_the_text_need_not_be_whole(tmp_path):
+    assert parse_arguments(["--validation_split_percentage", "2.5", "--use_cpu"])[1].validation_split_percentage == 2.5
+
+
 def test_max_seq_length_is_block_size_to_users_of_run_mlm():
     assert parse_arguments(["--max_seq_length", "64", "--use_cpu"])[1].block_size == 64
 
@@ -143,6 +147,8 @@ def test_layers_are_numbers_or_auto(tmp_path):
         ("common_share: 0.6\n", "common_share", 0.6),
         ("projection: none\n", "projection", None),
         ("projection: 16\n", "projection", 16),
+        ("projection: null\n", "projection", None),
+        ("common_share: 1e-1\n", "common_share", 0.1),
         ("warmup: auto\n", "warmup", "auto"),
         ("warmup: 0\n", "warmup", 0),
         ("", "warmup", None),
@@ -160,7 +166,15 @@ def test_cluster_arguments_are_what_the_callback_takes(tmp_path, text, name, mea
 
 
 @pytest.mark.parametrize(
-    "text", ["control: random\n", "random_shares: [0.5, 0.5]\n", "control: sorted\n", "common_share: half\n"]
+    "text",
+    [
+        "control: random\n",
+        "random_shares: [0.5, 0.5]\n",
+        "control: sorted\n",
+        "common_share: half\n",
+        "projection: true\n",
+        "recluster_every: null\n",
+    ],
 )
 def test_cluster_arguments_that_cannot_be_are_refused(tmp_path, text):
     with pytest.raises(ValueError, match=f"{text.split(':')[0]}|random_shares"):
