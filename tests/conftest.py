@@ -23,7 +23,6 @@ hypothesis.settings.register_profile("suite", max_examples=60, deadline=None, de
 hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
-
 # Rooms whose files share what takes longest to make: runs in two and four processes.
 TOGETHER = {"distributed"}
 
