@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
-# A test uses one core, and a worker up to 3 GB of memory. A file of tests stays with one worker (tests/conftest.py).
+# A test uses one core, and a worker 1.3 GB of memory. A file of tests stays with one worker (tests/conftest.py).
 PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
 VENV := .venv
 BIN := $(VENV)/bin

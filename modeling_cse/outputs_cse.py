@@ -90,9 +90,9 @@ def takes_choices(forward: Callable) -> Callable:
 
     @wraps(forward)
     def wrapper(self, *args, given_clusters=None, **kwargs):
-        if given_clusters is not None:
-            told = stock.bind(self, *args, **kwargs).arguments
-            tokens = told["input_ids"] if told.get("input_ids") is not None else told["inputs_embeds"]
+        told = {} if given_clusters is None else stock.bind(self, *args, **kwargs).arguments
+        tokens = told.get("input_ids") if told.get("input_ids") is not None else told.get("inputs_embeds")
+        if tokens is not None and tokens.dim() > 2:  # whatever else comes, the stock head complains of
             batch, choices = tokens.shape[:2]
             if given_clusters.shape == (batch,):
                 given_clusters = given_clusters.repeat_interleave(choices)

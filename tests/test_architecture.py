@@ -59,7 +59,7 @@ def test_files_that_travel_need_nothing_but_each_other(name):
         if level:
             assert level == 1 and f"{module}.py" in GROUND, f"{name}: from {'.' * level}{module} import {names}"
         else:
-            standard = {"collections", "dataclasses", "functools", "inspect", "typing"}
+            standard = {"collections", "dataclasses", "functools", "inspect", "threading", "typing"}
             allowed = {"torch", "transformers", "huggingface_hub", *standard}
             assert module.split(".")[0] in allowed, f"{name}: {module}"
             assert not module.startswith("huggingface_hub") or module == "huggingface_hub.dataclasses"

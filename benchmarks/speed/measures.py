@@ -10,6 +10,7 @@ import torch
 from torch.utils.benchmark import timer
 from transformers import DynamicCache, StaticCache
 
+from modeling_cse.dispatch_cse import RoutedModule
 from modeling_cse.routing_cse import RoutingContext
 
 from .calibration import calibrate, entering
@@ -111,7 +112,8 @@ def layer(shape: Shape, contenders: list[Contender], options: Options) -> Iterat
             with options.arithmetic:
                 shares[contender.name] = calibrate(contender, ids, options.share)
                 states = entering(contender, contender.ffns[-1], ids).requires_grad_()
-            contender.ffns[-1].contexts.put(RoutingContext(**contender.told(ids, options.length)))
+            if isinstance(contender.ffns[-1], RoutedModule):
+                contender.ffns[-1].contexts.put(RoutingContext(**contender.told(ids, options.length)))
             samplers[contender.name] = Stopwatch(_layer_step(contender, states, options))
         yield from compare(rows, samplers, shares, options)
 

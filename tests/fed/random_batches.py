@@ -24,8 +24,8 @@ PARTS: dict[str, tuple[list[str], list[str]]] = {
     "token_type_ids": (["none", "zeros", "ones"], ["far", "negative", "long"]),
     "labels": (["none", "right", "ignored"], ["far", "negative", "long", "float"]),
     "given_clusters": (
-        ["rows", "tokens", "none of them", "int32", "unknown"],
-        ["missing", "long", "float", "bool", "negative", "three dimensions"],
+        ["rows", "tokens", "none of them", "int32"],
+        ["missing", "unknown", "long", "float", "bool", "negative", "three dimensions"],
     ),
     "length": (["9", "16", "1", "2", "64"], ["0", "65", "80"]),
     "rows": (["2", "3", "1"], ["0"]),

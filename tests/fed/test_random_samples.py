@@ -18,7 +18,7 @@ from modeling_cse.routing_cse import ClusterRouter, RoutingContext
 
 # What the fits of random samples may complain of.
 COMPLAINTS = ("routing features", "num_clusters", "given_clusters", "projection", "sequences", "sequence reached")
-COMPLAINTS += ("input_ids",)
+COMPLAINTS += ("input_ids", "algorithm")
 ALGORITHMS = [{"num_clusters": 2}, {"num_clusters": 1}, {}, {"algorithm": "given"}, {"algorithm": "hdbscan"}]
 
 

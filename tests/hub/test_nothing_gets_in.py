@@ -80,7 +80,7 @@ def test_exported_code_imports_torch_transformers_and_itself(family, head, tmp_p
     tiny_model(family, head).save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.glob("*.py")}
     assert {f"modeling_cse_{family}.py", "configuration_cse.py", "routing_cse.py"} <= names
-    standard = {"collections.abc", "dataclasses", "functools", "inspect", "typing"}
+    standard = {"collections.abc", "dataclasses", "functools", "inspect", "threading", "typing"}
     for path in tmp_path.glob("*.py"):
         source = path.read_text(encoding="utf-8")
         assert dangers(source) == [] and "open(" not in source and "__import__" not in source, path.name

@@ -152,9 +152,9 @@ def test_auto_tokenizer_finds_the_familys_tokenizer(family, tmp_path):
 
 
 def test_code_travels_with_every_checkpoint(family, tmp_path):
-    """All eleven files lie flat beside the weights, and no other."""
+    """All twelve files lie flat beside the weights, and no other."""
     tiny_model(family).save_pretrained(tmp_path)
     shared = ("configuration", "dispatch", "evidence", "experts", "inputs", "losses")
-    shared += ("outputs", "pretrained", "routing", "sharding")
+    shared += ("outputs", "pretrained", "routing", "sharding", "threads")
     helpers = {f"{name}_cse.py" for name in shared}
     assert {path.name for path in tmp_path.glob("*.py")} == helpers | {f"modeling_cse_{family}.py"}
