@@ -11,7 +11,7 @@ trained, nor on the layer. Shapes are named in routing_cse.py; V is the size of 
 import torch
 import torch.nn.functional as F
 
-from .routing_cse import RoutingState, SequenceScope, shapes_may_depend_on_data
+from .routing_cse import RoutingState, SequenceScope, known_ends
 
 
 # Evidence is a multiple of this many nats and within these bounds. It is added up in whole steps, int32 has room for
@@ -153,10 +153,11 @@ class EvidenceRouter(RoutingState):
         separator = self.config.cse_separator_token_id if separated else None
         scope = SequenceScope.of(attention_mask, position_ids, input_ids, separator)
         batch, length = input_ids.shape
-        if shapes_may_depend_on_data(input_ids) and int(input_ids.max()) >= len(self.evidence):
+        ends = known_ends(input_ids)
+        if ends is not None and ends[1] >= len(self.evidence):
             raise ValueError(
-                f"input_ids up to {int(input_ids.max())} are not allowed with evidence of {len(self.evidence)} "
-                "tokens: give the model more by resize_token_embeddings(...)."
+                f"input_ids up to {ends[1]} are not allowed with evidence of {len(self.evidence)} tokens: give the "
+                "model more by resize_token_embeddings(...)."
             )
         if scope.mask is not None and scope.mask.shape not in ((batch, length), (1, length)):
             raise ValueError(

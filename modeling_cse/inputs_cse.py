@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from .routing_cse import shapes_may_depend_on_data
+from .routing_cse import known_ends, shapes_may_depend_on_data
 
 
 def holds_tokens(past_key_values: Cache | None) -> bool:
@@ -76,10 +76,9 @@ def _check_indices(name: str, indices: torch.Tensor, rows: int | None, length: i
             f"{name} of shape {tuple(indices.shape)} is not allowed: the batch has {length} tokens a row, so its last "
             f"dimension must be {length}."
         )
-    if rows is not None and indices.numel() and shapes_may_depend_on_data(indices):
-        low, high = (int(end) for end in indices.aminmax())
-        if low < 0 or high >= rows:
-            raise ValueError(f"{name} from {low} to {high} is not allowed: it must be from 0 to {rows - 1}.")
+    ends = known_ends(indices)
+    if rows is not None and ends is not None and (ends[0] < 0 or ends[1] >= rows):
+        raise ValueError(f"{name} from {ends[0]} to {ends[1]} is not allowed: it must be from 0 to {rows - 1}.")
 
 
 __all__ = ["check_inputs", "holds_tokens"]

@@ -29,6 +29,14 @@ def shapes_may_depend_on_data(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
+def known_ends(indices: torch.Tensor) -> tuple[int, int] | None:
+    """The least and the largest of some indices; None where there are none, or where a device would be waited for."""
+    if not indices.numel() or not shapes_may_depend_on_data(indices):
+        return None
+    low, high = indices.aminmax()
+    return int(low), int(high)
+
+
 class SequenceScope(NamedTuple):
     """Which tokens of a batch make up a sequence. Routes that look at more of it than one token need it."""
 
@@ -350,13 +358,12 @@ class ClusterRouter(RoutingState):
                 f"given_clusters of shape {tuple(labels.shape)} is not allowed: it must be ({batch},) or "
                 f"({batch}, {length}), as the states are."
             )
-        if shapes_may_depend_on_data(labels):
-            low, high = (int(end) for end in labels.aminmax())
-            if low < -1 or high >= self.max_clusters:
-                raise ValueError(
-                    f"given_clusters from {low} to {high} is not allowed: it must be from -1, for none, to "
-                    f"cse_max_clusters - 1 = {self.max_clusters - 1}."
-                )
+        ends = known_ends(labels)
+        if ends is not None and (ends[0] < -1 or ends[1] >= self.max_clusters):
+            raise ValueError(
+                f"given_clusters from {ends[0]} to {ends[1]} is not allowed: it must be from -1, for none, to "
+                f"cse_max_clusters - 1 = {self.max_clusters - 1}."
+            )
         return labels.long().to(hidden_states.device).view(batch, -1).expand(batch, length)
 
     def nearness(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -385,6 +392,7 @@ __all__ = [
     "RoutingContext",
     "RoutingState",
     "SequenceScope",
+    "known_ends",
     "sequence_means",
     "shapes_may_depend_on_data",
     "warn_that_routes_see_the_future",
