@@ -76,8 +76,8 @@ class CSEFlags(Stock):
         cse_num_experts (`int`, defaults to 4):
             Expert slots per layer, at most 1,023.
         cse_expert_size (`int`, *optional*):
-            Width of an FFN expert, a multiple of 8. Default: the base width (`"replace"`), or the base width over the
-            number of slots (`"add"`), rounded up to a multiple of 8. `"replace"` takes no width below the base's.
+            Width of an FFN expert, a multiple of 8. Default: the base width, rounded up to a multiple of 8.
+            `"replace"` takes no width below the base's.
         cse_routing (`str`, defaults to `"evidence"`):
             `"evidence"` (default): by what the tokens of its text say about the text's cluster, those read so far in
             GPT-2 (causal), all of them in BERT. `"discriminant"`: each token by its own state, causal. `"sequence"`:
@@ -207,9 +207,7 @@ class CSEFlags(Stock):
         """Width of an expert, defaults resolved."""
         if self.cse_expert_size is not None:
             return self.cse_expert_size
-        base = self.base_ffn_size
-        width = base if self.cse_combine == "replace" else -(-base // self.cse_num_experts)
-        return -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        return -(-self.base_ffn_size // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
     @property
     def gate(self) -> str:

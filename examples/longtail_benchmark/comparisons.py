@@ -41,11 +41,11 @@ class Roles:
     """Which arm is what, by name; arms that have no run are "not measured"."""
 
     baseline: str = "dense"
-    default: str = "cse"
-    oracle: str = "oracle"
-    random: str = "random"
-    switch: str = "switch"
-    wide: str = "dense_wide"
+    default: str = "cse_wide"
+    oracle: str = "oracle_wide"
+    random: str = "random_wide"
+    switch: str = "switch_wide"
+    wide: str = "dense_wider"
 
 
 class Comparisons:

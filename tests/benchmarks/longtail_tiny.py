@@ -28,6 +28,8 @@ SIZES = {
 TRAINING = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 5e-3, "lr_scheduler_type": "cosine"}
 TRAINING |= {"warmup_steps": 2, "logging_steps": 1, "save_steps": 4}
 STAGE = {"num_train_epochs": 3, "learning_rate": 2e-3, "warmup_steps": 1, "eval_steps": 2}
+# The roles of these arms and of made-up records.
+ROLES = {"default": "cse", "oracle": "oracle", "random": "random", "switch": "switch", "wide": "dense_wide"}
 CSE = {"kind": "cse", "model": {"cse_layers": [1], "cse_combine": "add", "cse_num_experts": 4, "cse_expert_size": 16}}
 CSE["clusters"] = {"warmup": 4, "recluster_every": 3, "num_clusters": 3, "sample_size": 16, "common_share": 0.3}
 ARMS = {

@@ -59,12 +59,12 @@ def test_documents_end_with_the_token_of_the_corpus(tokenizer):
 @pytest.mark.parametrize(("family", "size"), [("gpt2", "cpu"), ("bert", "cpu_bert")])
 def test_the_default_arm_is_what_the_library_does_by_default(family, size, tokenizer):
     size = Size.load(size).config
-    config = build_config(ARMS["cse"], family, size, tokenizer)
+    config = build_config(ARMS[Roles().default], family, size, tokenizer)
     plain = {"gpt2": CSEGPT2Config, "bert": CSEBertConfig}[family](**size)
     flags = ("layer_indices", "modules", "combine", "num_experts", "routing")
     for flag in (*(f"cse_{name}" for name in flags), "expert_size", "gate"):
         assert getattr(config, flag) == getattr(plain, flag), flag
-    own, default = build_callback(ARMS["cse"], seed=0), ClusterExpertsCallback()
+    own, default = build_callback(ARMS[Roles().default], seed=0), ClusterExpertsCallback()
     assert own.schedule == default.schedule.resolve(at_once=False) and own.sample_size == default.sample_size
     own, default = (callback.settings.resolve("evidence") for callback in (own, default))
     assert own.cluster_range == default.cluster_range and replace(own, num_clusters=None) == default

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from longtail_tiny import ROLES
 
 
 # the benchmark is a folder of scripts, which find each other there
@@ -61,7 +62,7 @@ def mixed() -> Comparisons:
     records += [record("dense", seed) for seed in range(4)]
     records += [record("oracle", seed, 64.0 + seed) for seed in range(3)]
     records += [record("wide", 0, 90.0, seconds=50.0), record("wide", 1, 90.0, "two abaci", 10.0)]
-    return Comparisons(records, Roles())
+    return Comparisons(records, Roles(**ROLES))
 
 
 def test_a_cell_of_other_seeds_than_its_row_says_so(mixed):
@@ -78,9 +79,9 @@ def test_seconds_are_of_the_processor_that_the_baseline_had(mixed):
     row = cells(report_tables.main_table(mixed), "wide")
     assert row["seconds"] == "50, 1 seed" and row["seeds"] == "2"
     assert "on one abacus alone, where most of `dense` ran" in report.seconds_from(mixed)
-    alike = Comparisons([each for each in mixed.records if each["machine"] == "one abacus"], Roles())
+    alike = Comparisons([each for each in mixed.records if each["machine"] == "one abacus"], Roles(**ROLES))
     assert report.seconds_from(alike) == "Seconds: of runs that were not resumed."
-    elsewhere = Comparisons([record("dense", 0, machine="two abaci"), record("cse", 0)], Roles())
+    elsewhere = Comparisons([record("dense", 0, machine="two abaci"), record("cse", 0)], Roles(**ROLES))
     assert cells(report_tables.main_table(elsewhere), "cse")["seconds"] == "not measured"
 
 
@@ -114,5 +115,5 @@ def test_old_records_tell_what_was_read_ahead_as_new_ones_do(mixed):
 
 def test_rows_of_several_texts_give_a_bound():
     documents = [record("dense", 0), record("documents", 0, cse_separator_token_id="end")]
-    row = cells(report_tables.main_table(Comparisons(documents, Roles())), "documents")
+    row = cells(report_tables.main_table(Comparisons(documents, Roles(**ROLES))), "documents")
     assert row["% read ahead"].startswith("at most ") and row["FLOPs in all"].startswith("at most 1.")

@@ -183,8 +183,8 @@ def test_a_model_of_one_layer_has_experts_there(family):
         ({}, 64, 64),
         ({}, 60, 64),
         ({"cse_expert_size": 72}, 64, 72),
-        ({"cse_combine": "add"}, 64, 16),
-        ({"cse_combine": "add", "cse_num_experts": 3}, 64, 24),
+        ({"cse_combine": "add"}, 64, 64),
+        ({"cse_combine": "add", "cse_num_experts": 3}, 60, 64),
         ({"cse_combine": "add", "cse_expert_size": 8}, 64, 8),
     ],
 )

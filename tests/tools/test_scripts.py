@@ -124,5 +124,5 @@ def test_wrong_overrides_are_named(family, text, message):
 def test_overrides_change_what_they_name():
     config = modeling_cse.CSEGPT2Config()
     config.update_from_string("n_embd=64,n_layer=4,cse_num_experts=2,cse_routing=sequence,cse_radius_scaling=false")
-    assert config.cse_layer_indices == [2, 3] and config.expert_size == 128
+    assert config.cse_layer_indices == [2, 3] and config.expert_size == 256
     assert (config.cse_num_experts, config.cse_routing, config.cse_radius_scaling) == (2, "sequence", False)
