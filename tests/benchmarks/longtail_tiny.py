@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "longtail_benchmar
 # the files of an example find each other in their own folder
 sys.path.append(str(EXAMPLES))
 
+from comparisons import Roles  # noqa: E402
 from corpus import Corpus, CorpusBuilder, HeldOutOverlap, Mixture  # noqa: E402
 
 
@@ -29,7 +30,7 @@ TRAINING = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 
 TRAINING |= {"warmup_steps": 2, "logging_steps": 1, "save_steps": 4}
 STAGE = {"num_train_epochs": 3, "learning_rate": 2e-3, "warmup_steps": 1, "eval_steps": 2}
 # The roles of these arms and of made-up records.
-ROLES = {"default": "cse", "oracle": "oracle", "random": "random", "switch": "switch", "wide": "dense_wide"}
+ROLES = Roles(default="cse", oracle="oracle", random="random", switch="switch", wide="dense_wide")
 CSE = {"kind": "cse", "model": {"cse_layers": [1], "cse_combine": "add", "cse_num_experts": 4, "cse_expert_size": 16}}
 CSE["clusters"] = {"warmup": 4, "recluster_every": 3, "num_clusters": 3, "sample_size": 16, "common_share": 0.3}
 ARMS = {

@@ -38,12 +38,19 @@ def test_every_arm_can_be_made(name, tokenizer):
     assert ARMS[name].start is None or ARMS[name].start in ARMS
 
 
-@pytest.mark.parametrize("size", ["", "_large"])
-def test_opponents_have_as_many_parameters(size, tokenizer):
-    own = parameters(f"cse{size}", tokenizer)
-    assert parameters("dense", tokenizer) < 0.9 * own
-    for name in (f"dense_wide{size}", f"switch{size}"):
-        assert parameters(name, tokenizer) == pytest.approx(own, rel=2e-3)
+@pytest.mark.parametrize(
+    ("own", "opponents"),
+    [
+        ("cse", ("dense_wide", "switch")),
+        ("cse_wide", ("dense_wider", "switch_wide")),
+        ("cse_large", ("dense_wide_large", "switch_large")),
+    ],
+)
+def test_opponents_have_as_many_parameters(own, opponents, tokenizer):
+    count = parameters(own, tokenizer)
+    assert parameters("dense", tokenizer) < 0.9 * count
+    for name in opponents:
+        assert parameters(name, tokenizer) == pytest.approx(count, rel=2e-3)
 
 
 def test_every_role_has_its_arm():

@@ -134,7 +134,7 @@ def outcome(tmp_path_factory, corpus, place):
     arms = {name: {key: value for key, value in asdict(arm).items() if key != "name"} for name, arm in ARMS.items()}
     (root / "arms.yaml").write_text(json.dumps(arms))
     keep.main([*options, "--runs", str(root), "--corpus", str(place), "--arms", str(root / "arms.yaml")])
-    report.main([*options, *(word for role, arm in ROLES.items() for word in (f"--{role}", arm))])
+    report.main([*options, *(word for role, arm in asdict(ROLES).items() for word in (f"--{role}", arm))])
     return (folder / "tiny-main.md").read_text(), json.loads((folder / "tiny-main.json").read_text()), folder
 
 
@@ -245,14 +245,14 @@ def test_what_was_not_run_is_not_measured(tmp_path, corpus, place):
     (tmp_path / "tiny" / "main").mkdir(parents=True)
     results = tmp_path / "out"
     with pytest.raises(ValueError, match="corpus='main' is not allowed: keep.py has kept no runs"):
-        report.write_report(results, "tiny", "main", report.Roles(**ROLES))
+        report.write_report(results, "tiny", "main", ROLES)
     keep.keep(tmp_path / "tiny", place, results)
-    empty = report.write_report(results, "tiny", "main", report.Roles(**ROLES)).read_text()
+    empty = report.write_report(results, "tiny", "main", ROLES).read_text()
     assert empty.count("| not measured |") == 12 and "reached" not in empty and "missed" not in empty
     for name in ("dense", "cse"):
         write_run(tmp_path / "tiny" / "main", ARMS[name], 0, corpus)
     keep.keep(tmp_path / "tiny", place, results)
-    single = report.write_report(results, "tiny", "main", report.Roles(**ROLES)).read_text()
+    single = report.write_report(results, "tiny", "main", ROLES).read_text()
     gain = 0.8 ** (23 / 31)  # of a fifth of all text
     assert row(single, "Arms", "cse")[4:8] == [f"{gain:.3f}", "1.000", f"{gain**0.2:.3f}", "not measured"]
     verdict = row(single, "Against what was asked for", "long-tail perplexity, default CSE / dense")
@@ -273,7 +273,7 @@ def test_records_stay_when_folders_go(tmp_path, corpus, place):
     machines = {name: run["machine"] for name, run in found.items()}
     assert machines.pop(("cse", 0)) == "one abacus" and set(machines.values()) == {"two abaci"}
     assert found["dense", 0]["tasks"] == {"probe": {"gad": 0.5}}
-    page = report.write_report(results, "tiny", "main", report.Roles(**ROLES)).read_text()
+    page = report.write_report(results, "tiny", "main", ROLES).read_text()
     assert "1 runs on one abacus" in page and "3 runs on two abaci" in page and row(page, "Arms", "cse")[1] == "2"
 
 
@@ -284,7 +284,7 @@ def test_the_gain_by_share_takes_corpora_beside_it(tmp_path, corpus, place):
         write_run(tmp_path / "tiny" / "share-2", ARMS[name], 0, other)
     for folder in (place, tmp_path / "share-2"):
         keep.keep(tmp_path / "tiny", folder, results)
-    rows = report.share_rows(results / "tiny", "main", report.Roles(**ROLES))
+    rows = report.share_rows(results / "tiny", "main", ROLES)
     assert [(entry["corpus"], entry["domain"], entry["share"]) for entry in rows] == [
         ("share-2", "legal", 0.02), ("share-2", "medical", 0.02), ("main", "legal", 0.1), ("main", "medical", 0.1)
     ]  # fmt: skip
@@ -340,7 +340,7 @@ def test_a_kept_record_of_another_table_is_refused(tmp_path, corpus, place, name
     with pytest.raises(ValueError, match=f"{name}=.* is not allowed beside"):
         keep.keep(tmp_path / "tiny", place, tmp_path / "out")
     with pytest.raises(ValueError, match=f"{name}=.* is not allowed beside"):
-        report.write_report(tmp_path / "out", "tiny", "main", report.Roles(**ROLES))
+        report.write_report(tmp_path / "out", "tiny", "main", ROLES)
 
 
 def test_tasks_that_were_measured_in_another_way_are_refused(tmp_path, corpus, place):

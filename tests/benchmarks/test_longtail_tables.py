@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "longtail
 
 import report  # noqa: E402
 import report_tables  # noqa: E402
-from comparisons import Comparisons, Roles, all_text, share_read_ahead, total_flops  # noqa: E402
+from comparisons import Comparisons, all_text, share_read_ahead, total_flops  # noqa: E402
 from cost import read_ahead  # noqa: E402
 
 
@@ -62,7 +62,7 @@ def mixed() -> Comparisons:
     records += [record("dense", seed) for seed in range(4)]
     records += [record("oracle", seed, 64.0 + seed) for seed in range(3)]
     records += [record("wide", 0, 90.0, seconds=50.0), record("wide", 1, 90.0, "two abaci", 10.0)]
-    return Comparisons(records, Roles(**ROLES))
+    return Comparisons(records, ROLES)
 
 
 def test_a_cell_of_other_seeds_than_its_row_says_so(mixed):
@@ -79,9 +79,9 @@ def test_seconds_are_of_the_processor_that_the_baseline_had(mixed):
     row = cells(report_tables.main_table(mixed), "wide")
     assert row["seconds"] == "50, 1 seed" and row["seeds"] == "2"
     assert "on one abacus alone, where most of `dense` ran" in report.seconds_from(mixed)
-    alike = Comparisons([each for each in mixed.records if each["machine"] == "one abacus"], Roles(**ROLES))
+    alike = Comparisons([each for each in mixed.records if each["machine"] == "one abacus"], ROLES)
     assert report.seconds_from(alike) == "Seconds: of runs that were not resumed."
-    elsewhere = Comparisons([record("dense", 0, machine="two abaci"), record("cse", 0)], Roles(**ROLES))
+    elsewhere = Comparisons([record("dense", 0, machine="two abaci"), record("cse", 0)], ROLES)
     assert cells(report_tables.main_table(elsewhere), "cse")["seconds"] == "not measured"
 
 
@@ -115,5 +115,5 @@ def test_old_records_tell_what_was_read_ahead_as_new_ones_do(mixed):
 
 def test_rows_of_several_texts_give_a_bound():
     documents = [record("dense", 0), record("documents", 0, cse_separator_token_id="end")]
-    row = cells(report_tables.main_table(Comparisons(documents, Roles(**ROLES))), "documents")
+    row = cells(report_tables.main_table(Comparisons(documents, ROLES)), "documents")
     assert row["% read ahead"].startswith("at most ") and row["FLOPs in all"].startswith("at most 1.")
