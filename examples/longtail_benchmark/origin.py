@@ -16,8 +16,12 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "nump
 
 
 def origin() -> dict[str, Any]:
-    """`date`, `machine` (the GPU, or how many cores of which processor) and `versions`, of now and here."""
-    cpu = f"{os.cpu_count()} CPU cores ({torch.cpu.get_capabilities().get('cpu_name', platform.machine())})"
+    """`date`, `machine` (the GPU, or how many cores of which processor) and `versions`, of now and here.
+
+    A processor is told with the instructions that torch uses of it: generations of one make have the same name.
+    """
+    processor = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    cpu = f"{os.cpu_count()} CPU cores ({processor}, {torch.backends.cpu.get_cpu_capability()})"
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
