@@ -11,7 +11,8 @@ trained, nor on the layer. Shapes are named in routing_cse.py; V is the size of 
 import torch
 import torch.nn.functional as F
 
-from .routing_cse import RoutingState, SequenceScope, known_ends
+from .routing_cse import RoutingState, known_ends
+from .scope_cse import SequenceScope
 
 
 # Evidence is a multiple of this many nats and within these bounds. It is added up in whole steps, int32 has room for

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..routing_cse import SequenceScope, sequence_means
+from ..scope_cse import SequenceScope, sequence_means
 
 
 DRIFT_DEGREE = 3

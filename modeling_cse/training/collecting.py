@@ -17,7 +17,7 @@ from torch import nn
 
 from ..clustering import FeatureStore, RoutingFeatures, sample_features
 from ..dispatch_cse import Site
-from ..routing_cse import SequenceScope
+from ..scope_cse import SequenceScope
 from ..sharding_cse import is_sharded
 from .gathering import rank, world_size
 from .reading import INPUTS

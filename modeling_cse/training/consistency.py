@@ -15,7 +15,7 @@ from torch import nn
 from transformers.utils.generic import maybe_autocast
 
 from ..dispatch_cse import RoutedModule
-from ..routing_cse import SequenceScope
+from ..scope_cse import SequenceScope
 from .collecting import routed_base_model
 from .gathering import gather_objects, local_capacity, on_first_rank
 from .gradients import NO_TOKEN, SequenceGradients, gradient_consistency, scale_steps, sentence_frequency_scores

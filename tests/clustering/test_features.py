@@ -8,7 +8,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from tiny import tiny_model
 
 from modeling_cse.clustering import FeatureStore, RoutingFeatures, find_clusters, sample_features
-from modeling_cse.routing_cse import SequenceScope, sequence_means
+from modeling_cse.scope_cse import SequenceScope, sequence_means
 
 
 def positions_of(*lengths: int) -> torch.Tensor:
