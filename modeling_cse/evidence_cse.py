@@ -151,6 +151,7 @@ class EvidenceRouter(RoutingState):
         Raises:
             ValueError: the mask is of another shape, or a token has no row of evidence.
         """
+        self.check_precision()
         separator = self.config.cse_separator_token_id if separated else None
         scope = SequenceScope.of(attention_mask, position_ids, input_ids, separator)
         batch, length = input_ids.shape

@@ -1,7 +1,8 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """What every model of both families does when it is built, initialised and loaded."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -134,8 +135,10 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
 
         Raises:
             ValueError: a file of weights is cut short or edited so that it cannot be read; the checkpoint has experts
-                but lacks their router, so that nothing could ever be routed; a router holds what no clustering
-                writes; or the `quantization_config` names experts or routers.
+                but lacks their router, so that nothing could ever be routed, or clusters but lacks the experts; a
+                router holds what no clustering writes; `ignore_mismatched_sizes=True` would draw experts or clusters
+                anew; there is no discriminant for `cse_routing="discriminant"`; or the `quantization_config` names
+                experts or routers.
         """
         name = str(pretrained_model_name_or_path)
         try:
@@ -150,18 +153,7 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
                 f"The weights of the checkpoint {name!r} (model*.safetensors) cannot be read: they were cut short or "
                 f"edited ({error})."
             ) from error
-        missing = set(info["missing_keys"])
-        routers = sorted(key for key in missing if ".router." in key)
-        without_experts = {key.split(".experts.")[0] for key in missing if ".experts." in key}
-        lost = [key for key in routers if key.split(".router.")[0] not in without_experts]
-        with_experts = {key.split(".experts.")[0] for key, _ in model.named_parameters() if ".experts." in key}
-        if with_experts - without_experts:
-            lost += sorted(key for key in missing if "evidence_router." in key)
-        if lost:
-            raise ValueError(
-                f"The checkpoint {name!r} has experts but lacks the routing state "
-                f"{lost}: it was cut or edited, or saved with other cse_* flags than it is loaded with."
-            )
+        model._check_what_was_loaded(name, info["missing_keys"], {key for key, *_ in info["mismatched_keys"]})
         if getattr(model, "is_quantized", False) and model.config.cse_layer_indices:
             model._check_what_is_quantized()
         flaw = model.base_model.routing_flaw()
@@ -169,7 +161,40 @@ class CSEPreTrainedMixin(OutOfTreeMixin):
             raise ValueError(
                 f"The weights of the checkpoint {name!r} (model*.safetensors) were cut or edited: {flaw}."
             )
+        if any(module.router.lacks_discriminant for module in model.base_model.routed_modules().values()):
+            raise ValueError(
+                f"cse_routing='discriminant' is not allowed for the checkpoint {name!r}: its clusters were found for "
+                "cse_routing='evidence', without a discriminant, so that every token would go the same way. It must "
+                "be 'evidence', or 'sequence', which reads their centroids."
+            )
         return (model, info) if output_loading_info else model
+
+    def _check_what_was_loaded(self, name: str, missing: Collection[str], mismatched: Collection[str]) -> None:
+        """Whether what the checkpoint `name` lacks, or has in other shapes, may be drawn anew: keys of the model."""
+        anew = sorted(key for key in mismatched if {"experts", "router", "evidence_router"} & set(key.split(".")))
+        if anew:
+            raise ValueError(
+                f"ignore_mismatched_sizes=True is not allowed for {anew} of the checkpoint {name!r}: they would be "
+                "drawn anew, and stay in use beside what fits. The flags cse_expert_size, cse_num_experts and "
+                "cse_max_clusters must be those that it was trained with; the vocabulary changes by "
+                "resize_token_embeddings(...)."
+            )
+        without_experts = {key.split(".experts.")[0] for key in missing if ".experts." in key}
+        lost = sorted(key for key in missing if ".router." in key and key.split(".router.")[0] not in without_experts)
+        with_experts = {key.split(".experts.")[0] for key, _ in self.named_parameters() if ".experts." in key}
+        if with_experts - without_experts:
+            lost += sorted(key for key in missing if "evidence_router." in key)
+        if lost:
+            raise ValueError(
+                f"The checkpoint {name!r} has experts but lacks the routing state "
+                f"{lost}: it was cut or edited, or saved with other cse_* flags than it is loaded with."
+            )
+        routers = {place: cast(ClusterRouter, self.get_submodule(place).router) for place in sorted(without_experts)}
+        idle = [place for place, it in routers.items() if not it.cluster_sizes.is_meta and it.num_clusters]
+        if idle:
+            raise ValueError(
+                f"The checkpoint {name!r} has clusters but lacks the experts of {idle}: it was cut or edited."
+            )
 
     def _check_what_is_quantized(self) -> None:
         # torchao can be told to quantise any parameter or buffer, but grouped products and routes take no codes
@@ -268,7 +293,8 @@ class CSEBaseMixin(Stock):
             raise ValueError(
                 "past_key_values without given_clusters is not allowed with cse_routing='evidence', which reads texts "
                 "from their beginning: pass given_clusters=base_model.read_clusters(all_ids)[:, -new:], as generate() "
-                "does."
+                "does. What feeds a cache by itself (generate(guidance_scale=...), EncoderDecoderModel.generate) "
+                "wants use_cache=False."
             )
         return self.read_clusters(input_ids, attention_mask, position_ids)
 

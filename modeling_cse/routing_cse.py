@@ -93,6 +93,19 @@ class RoutingState(nn.Module):
         for name, value in self.empty_state().items():
             init.copy_(getattr(self, name), value)
 
+    def check_precision(self) -> None:
+        """
+        Raises:
+            ValueError: a loader has rounded the state, past all that keeps it in fp32: routes of it would be others.
+        """
+        for name, value in self._buffers.items():
+            if value.is_floating_point() and value.dtype != torch.float32:
+                raise ValueError(
+                    f"{name} of dtype {value.dtype} is not allowed: the routing state must be torch.float32 whatever "
+                    "dtype the model has. Load it by from_pretrained(..., dtype=...); a loader that casts every "
+                    "tensor, as accelerate's load_checkpoint_and_dispatch(dtype=...) does, must be told no dtype."
+                )
+
     def _apply(self, fn, recurse=True):
         # `model.to(torch.bfloat16)` must not round the routing state: only the device may change.
         before = dict(self._buffers)
@@ -166,6 +179,15 @@ class ClusterRouter(RoutingState):
             )
         return None
 
+    @property
+    def lacks_discriminant(self) -> bool:
+        """Whether tokens are to be routed by a discriminant, and there is none for the clusters in use: those found
+        for `cse_routing="evidence"` have none. Reads the device."""
+        state = self.discriminant_weight, self.cluster_sizes
+        if self.routing != "discriminant" or any(value.is_meta for value in state):
+            return False
+        return self.num_clusters > 1 and not bool(self.discriminant_weight.any())
+
     @torch.no_grad()
     def write(self, **state: torch.Tensor) -> None:
         """
@@ -214,6 +236,7 @@ class ClusterRouter(RoutingState):
         return context.routes[self]
 
     def _route(self, hidden_states, context):
+        self.check_precision()
         told = self.routing in ("given", "evidence")
         given = self._given(context.given_clusters, hidden_states) if told else None
         if shapes_may_depend_on_data(hidden_states) and not self.cluster_sizes.any():

@@ -23,6 +23,7 @@ class SequenceScope(NamedTuple):
     ) -> "SequenceScope":
         """Reads the padding from a 2-D `attention_mask`, and packed documents from `position_ids` that start again
         and from the `separator` among `input_ids` that ends each one (`cse_separator_token_id`; None: nothing does).
+        Padding neither starts nor ends a document, wherever in its row it stands.
 
         Raises:
             ValueError: `attention_mask` has more than two dimensions, which hides where the padding is; or there is
@@ -31,13 +32,13 @@ class SequenceScope(NamedTuple):
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(
                 f"attention_mask of shape {tuple(attention_mask.shape)} is not allowed where routes look at more of a "
-                "text than one token: pass the 2-D mask of shape (batch, sequence), or use cse_routing='discriminant'."
+                "text than one token: pass the 2-D mask of shape (batch, sequence). A model that was trained with "
+                "cse_routing='discriminant' takes any mask."
             )
         mask = None if attention_mask is None else attention_mask.bool()
         begins = None
         if position_ids is not None and position_ids.shape[-1] > 1:
-            # (T,), which stock models take too, or (B, T)
-            begins = position_ids[..., 1:] != position_ids[..., :-1] + 1
+            begins = _begins_again(position_ids, mask)
         if separator is not None:
             if input_ids is None:
                 raise ValueError(
@@ -45,8 +46,30 @@ class SequenceScope(NamedTuple):
                     "tokens: pass input_ids."
                 )
             behind = input_ids[:, :-1] == separator
+            if mask is not None and mask.shape[-1] == input_ids.shape[-1]:
+                behind = behind & mask[:, :-1]  # what fills up a row may be the same token
             begins = behind if begins is None else begins | behind
         return cls(mask, None if begins is None else F.pad(begins.long().cumsum(-1), (1, 0)))
+
+
+def _begins_again(position_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Whether a token's position is another one than the next after that of the token before it, padding left out.
+    `generate` counts on behind padding amid a row, where a turn of a dialogue ended early.
+
+    Args:
+        position_ids: (T,), which stock models take too, or (B, T).
+        mask: (B, T); one of another length is refused by whoever reads it.
+
+    Returns:
+        (T - 1,) or (B, T - 1) bool, of all tokens but the first.
+    """
+    if mask is None or mask.shape[-1] != position_ids.shape[-1]:
+        return position_ids[..., 1:] != position_ids[..., :-1] + 1
+    position_ids, mask = torch.broadcast_tensors(position_ids, mask)
+    places = torch.arange(mask.shape[-1], device=mask.device)
+    before = torch.where(mask, places, -1).cummax(-1).values[..., :-1]  # the last token of the text up to each
+    follows = position_ids[..., 1:] == position_ids.gather(-1, before.clamp_min(0)) + 1
+    return mask[..., 1:] & (before >= 0) & ~follows
 
 
 def sequence_means(states: torch.Tensor, scope: SequenceScope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,10 +12,11 @@ from torch import nn
 def expert_shares(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[float]:
     """
     The share of the tokens that each expert of the last routed module answers, padding left out. What is missing to 1
-    stays with the base.
+    stays with the base. Under `cse_gate="posterior"` a token whose clusters, more than ten, are nearly equally likely
+    counts for the likeliest of them, although no expert is asked for so little.
 
     Args:
-        model: a CSE head or base model; its mode (training or evaluation) is kept.
+        model: a CSE head or base model, or what wraps one; its mode (training or evaluation) is kept.
         batches: dicts of tensors with `input_ids` (B, T); labels are ignored.
 
     Returns:
@@ -24,7 +25,7 @@ def expert_shares(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> lis
     Raises:
         ValueError: there is no batch, or no token in them.
     """
-    base = model.base_model
+    base: Any = next(part for part in model.modules() if hasattr(part, "routed_modules"))
     module = list(base.routed_modules().values())[-1]
     counts = torch.zeros(module.num_experts + 1, dtype=torch.float64)
     was_training = model.training

@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """The card of a run that the Trainer makes: in place of its own draft, and beside the final model."""
 
+import copy
 import math
 import platform
 import re
@@ -12,11 +13,11 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import ModelCard
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from ..sharding_cse import is_sharded
-from ..training import ClusterExpertsCallback
+from ..training import ClusterExpertsCallback, routed_base_model
 from .cards import RECIPE, THIS_MODEL, TRAINING_TIME, hours, write_model_card
 from .experts import describe_experts
 
@@ -109,10 +110,12 @@ class ModelCardCallback(TrainerCallback):
         if not trainer.is_world_process_zero():
             return None
         model = trainer.accelerator.unwrap_model(trainer.model)
+        config = copy.deepcopy(model.config)
+        config.architectures = [self._class_name]  # which saving the model would write there
         named = zip_longest(_list(dataset) or _list(dataset_tags), _list(dataset_args), fillvalue="training text")
         return write_model_card(
             trainer.args.output_dir,
-            config=model.config,
+            config=config,
             results=self._results(),
             recipe=self._recipe(),
             data={**self.data, **dict(named)},
@@ -132,9 +135,18 @@ class ModelCardCallback(TrainerCallback):
         """The trainer, which is there from `attach` on."""
         return cast(Trainer, self.trainer)
 
+    @property
+    def _class_name(self) -> str:
+        """Of the model that is trained, whatever wraps it."""
+        parts = self._attached.model.modules()
+        return next(type(part).__name__ for part in parts if isinstance(part, PreTrainedModel))
+
     def _results(self) -> dict[str, dict[str, float]]:
-        """Perplexities of the last evaluation by data set, and those of other models."""
+        """Perplexities of the last evaluation by data set, and those of other models. Of the loss of other heads, and
+        of one that holds the next sentence's, there is no perplexity."""
         own: dict[str, float] = {}
+        if not self._class_name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")):
+            return {}
         for entry in self._attached.state.log_history:
             for key, value in entry.items():
                 found = re.fullmatch(r"eval_(?:(.+)_)?loss", key)
@@ -166,7 +178,7 @@ class ModelCardCallback(TrainerCallback):
         if any(is_sharded(parameter) for parameter in model.parameters()):
             logger.warning("The card says nothing of single experts: FSDP has spread them over the processes.")
             return []
-        if not any(module.router.num_clusters for module in model.base_model.routed_modules().values()):
+        if not any(module.router.num_clusters for module in routed_base_model(model).routed_modules().values()):
             logger.warning("The card says nothing of single experts: the model has no clusters yet.")
             return []
         if tokenizer is None:

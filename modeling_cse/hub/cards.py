@@ -49,6 +49,21 @@ DEFAULTED = {
     "cse_max_clusters": "max_clusters",
     "cse_gate": "gate",
 }
+# Ends of the names of saved classes, the Hub's task, and the Auto class that loads them. `LANGUAGE_TASKS` are those
+# whose loss is that of tokens alone, or that answer with tokens.
+HEADS = {
+    "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
+    "LMHeadModel": ("text-generation", "AutoModelForCausalLM"),
+    "ForMaskedLM": ("fill-mask", "AutoModelForMaskedLM"),
+    "ForPreTraining": ("fill-mask", "AutoModelForMaskedLM"),
+    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
+    "ForNextSentencePrediction": ("text-classification", "AutoModelForNextSentencePrediction"),
+    "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
+    "ForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering"),
+    "ForMultipleChoice": ("multiple-choice", "AutoModelForMultipleChoice"),
+    "Model": ("feature-extraction", "AutoModel"),
+}
+LANGUAGE_TASKS = ("text-generation", "fill-mask")
 # What Markdown, HTML or formulas take for markup within a line; what counts only where a line begins may stay.
 MARKUP = re.compile(r"[\\`*_\[\]<>|~$&]")
 ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "|": "&#124;", "`": "&#96;", "$": "&#36;"}
@@ -99,10 +114,10 @@ def write_model_card(
 
     Raises:
         FileNotFoundError: if there is no template.
-        ValueError: if results lack "cse", or if the model is neither causal nor masked.
+        ValueError: if results lack "cse", or if the model has another head than those of GPT-2 and BERT.
     """
     name = name or (repo_id.rsplit("/", 1)[-1] if repo_id else Path(folder).resolve().name)
-    task = _task(config)
+    task, auto_class = head_of(config)
     if results and THIS_MODEL not in results:
         raise ValueError(f"`results` has the runs {list(results)}, allowed is a dict with {THIS_MODEL!r}, this model")
     if repo_id is not None and not _is_valid_id(repo_id):
@@ -127,7 +142,10 @@ def write_model_card(
         title=escape(name),
         model_type=escape(config.model_type),
         base_model_name=escape(base_model if _is_hub_id(base_model) else Path(base_model).name) if base_model else "",
-        causal=task == "text-generation",
+        causal=getattr(config, "reads_left_to_right", task == "text-generation"),
+        task=task,
+        auto_class=auto_class,
+        language_model=task in LANGUAGE_TASKS,
         routing=getattr(config, "cse_routing", None) if _has_experts(config) else None,
         combine=getattr(config, "cse_combine", None) if _has_experts(config) else None,
         load_from=repo_id or ".",
@@ -162,17 +180,23 @@ def one_line(value: Any) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
 
 
-def _task(config: PretrainedConfig) -> str:
-    """The Hub's task, from the saved class if it is known, else from the model type."""
+def head_of(config: PretrainedConfig) -> tuple[str, str]:
+    """
+    The Hub's task and the Auto class of a model: of the saved class if there is one, else of the language model of its
+    type.
+
+    Raises:
+        ValueError: a class with another head than those of GPT-2 and BERT, or another type.
+    """
     for architecture in getattr(config, "architectures", None) or []:
-        if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-            return "text-generation"
-        if architecture.endswith(("ForMaskedLM", "ForPreTraining")):
-            return "fill-mask"
-    for family, task in (("gpt2", "text-generation"), ("bert", "fill-mask")):
+        for ending, found in HEADS.items():
+            if architecture.endswith(ending):
+                return found
+        raise ValueError(f"`config` has the architecture {architecture!r}, allowed are those that end with {[*HEADS]}")
+    for family, head in (("gpt2", "ForCausalLM"), ("bert", "ForMaskedLM")):
         if str(config.model_type).endswith(family):
-            return task
-    raise ValueError(f"`config` is of type {config.model_type!r}, allowed are causal and masked language models")
+            return HEADS[head]
+    raise ValueError(f"`config` is of type {config.model_type!r}, allowed are GPT-2 and BERT")
 
 
 def _has_experts(config: PretrainedConfig) -> bool:

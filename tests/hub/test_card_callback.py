@@ -65,7 +65,7 @@ def test_it_has_the_results_of_the_last_evaluation_and_stands_for_the_trainers_d
 
 def test_exact_perplexities_go_before_those_of_mean_losses():
     cards = ModelCardCallback(results={"dense": {"law": 2.0}})
-    cards.trainer = type("Fake", (), {"state": type("State", (), {})()})()
+    cards.trainer = type("Fake", (), {"state": type("State", (), {})(), "model": tiny_model("gpt2", "ForCausalLM")})()
     cards.trainer.state.log_history = [
         {"eval_loss": 9.0, "loss": 3.0},
         {"eval_law_loss": 1.0, "eval_law_perplexity": 3.0, "step": 4},
@@ -73,6 +73,28 @@ def test_exact_perplexities_go_before_those_of_mean_losses():
         {"eval_far_loss": 1e4},
     ]
     assert cards._results() == {"cse": {"all": math.exp(2), "law": 3.0, "far": math.inf}, "dense": {"law": 2.0}}
+
+
+def test_the_loss_of_another_head_is_no_perplexity(tmp_path):
+    cards = ModelCardCallback()
+    model = tiny_model("bert", "ForSequenceClassification", num_labels=2)
+    rows = [{"input_ids": row["input_ids"], "labels": number % 2} for number, row in enumerate(texts(8))]
+    cards.attach(make_trainer(tmp_path, model=model, data=rows))
+    cards.trainer.state.log_history = [{"eval_loss": 0.7, "eval_accuracy": 0.5}]
+    card = cards.create_model_card()
+    assert card.data.pipeline_tag == "text-classification" and card.data.eval_results is None
+    assert "perplexity" not in card.text and "AutoModelForSequenceClassification" in card.text
+
+
+def test_adapters_get_a_card_too(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = run(tmp_path / "before")[0].model
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_proj"], fan_in_fan_out=True))
+    rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in texts(8)]
+    cards = ModelCardCallback(texts=texts(), tokenizer=tokenizer())
+    cards.attach(make_trainer(tmp_path / "after", model=adapted, data=rows)).trainer.train()
+    card = ModelCard.load(tmp_path / "after" / "README.md")
+    assert "## The experts" in card.text and card.data.pipeline_tag == "text-generation"
 
 
 def test_the_order_of_callbacks_does_not_matter(tmp_path):

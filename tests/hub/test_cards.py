@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import modeling_cse
 from modeling_cse import CSEBertConfig, CSEBertForMaskedLM, CSEGPT2Config, CSEGPT2ForCausalLM
 from modeling_cse.hub import cards, write_model_card
 
@@ -168,6 +169,8 @@ def test_wrong_input_is_named(tmp_path):
         write(tmp_path, repo_id="a b")
     with pytest.raises(ValueError, match="`config` is of type 'llama'"):
         write(tmp_path, of=LlamaConfig())
+    with pytest.raises(ValueError, match="`config` has the architecture 'CSEGPT2ForSpeech'"):
+        write(tmp_path, of=config(architectures=["CSEGPT2ForSpeech"]))
     assert not (tmp_path / "README.md").exists()
 
 
@@ -207,6 +210,22 @@ def test_the_usage_block_runs_when_pasted(tmp_path, monkeypatch, capsys, masked,
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "usage", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_another_head_is_not_told_for_a_language_model(tmp_path, monkeypatch, task):
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "cse_layers": [-1], "pad_token_id": 0}
+    model = getattr(modeling_cse, f"CSEGPT2For{task}")(CSEGPT2Config(vocab_size=8, **sizes))
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    text = write(tmp_path, of=model.config, results={})
+    wanted = re.sub("(?<!^)([A-Z])", r"-\1", task).lower().replace("sequence", "text")
+    assert ModelCard.load(tmp_path / "README.md").data.pipeline_tag == wanted
+    assert f"A model for {wanted} of the type cse\\_gpt2" in text and "those read so far" in text
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], "usage", "exec"), names)
+    assert type(names["model"]).__name__ == type(model).__name__
 
 
 def test_the_usage_block_names_the_repository_when_it_is_known(tmp_path):

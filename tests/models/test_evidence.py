@@ -20,6 +20,8 @@ from tiny import (
 )
 from transformers import GenerationConfig
 
+from modeling_cse import CSEGPT2ForSequenceClassification
+
 
 EXACT = {"atol": 0, "rtol": 0}
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -229,6 +231,22 @@ def test_a_separator_in_a_prompt_begins_anew(way):
     assert torch.equal(model.base_model.read_clusters(found)[:, -NEW - 1 :], alone)
 
 
+@pytest.mark.parametrize("routing", ["evidence", "discriminant"])
+def test_padding_amid_a_text_changes_no_token(routing):
+    """Turns of a dialogue, padded one by one."""
+    model = activate(tiny_model("gpt2", cse_routing=routing, **FLAGS))
+    ids = token_ids(8, 12)
+    hole = torch.tensor([[1] * 6 + [0] * 3 + [1] * 6]).expand(8, -1)
+    padded = torch.cat([ids[:, :6], torch.zeros(8, 3, dtype=torch.int64), ids[:, 6:]], 1)
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    got = model.generate(padded, attention_mask=hole, **options)[:, padded.shape[1] :]
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :]
+    assert torch.equal(got, wanted)
+    places = (hole.cumsum(-1) - 1).clamp_min(0)
+    routes = [outputs_of(model, padded, attention_mask=hole, position_ids=places), outputs_of(model, ids)]
+    torch.testing.assert_close(routes[0].logits[hole.bool()].view(8, 12, -1), routes[1].logits, **CLOSE)
+
+
 @pytest.mark.parametrize("search", [{"do_sample": True, "top_k": 0}, {"num_beams": 3}], ids=str)
 def test_searches_with_a_cache_equal_those_without(search):
     found = []
@@ -405,6 +423,37 @@ def test_what_no_fit_has_written_is_refused(flaw, tmp_path):
     edit(tmp_path, lambda tensors: FLAWS[flaw]({n.removeprefix(prefix): t for n, t in tensors.items()}))
     with pytest.raises(ValueError, match=rf"cut or edited: evidence_router\.{flaw}"):
         type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("changed", [{"vocab_size": 120}, {"cse_expert_size": 256}, {"cse_max_clusters": 32}], ids=str)
+def test_what_is_in_use_is_not_drawn_anew(changed, tmp_path):
+    """Whatever head is fine-tuned."""
+    evidence_model().save_pretrained(tmp_path)
+    load = CSEGPT2ForSequenceClassification.from_pretrained
+    with pytest.raises(ValueError, match=r"ignore_mismatched_sizes=True is not allowed for \['transformer"):
+        load(tmp_path, num_labels=5, ignore_mismatched_sizes=True, **changed)
+
+
+def test_clusters_without_a_discriminant_are_not_routed_by_one(tmp_path):
+    model = evidence_model()
+    for site in (1, 2):
+        routed_module(model, site).router.discriminant_weight.zero_()  # as a fit for evidence leaves it
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cse_routing='discriminant' is not allowed for the checkpoint"):
+        type(model).from_pretrained(tmp_path, cse_routing="discriminant", cse_gate="hard")
+    loaded = type(model).from_pretrained(tmp_path, cse_routing="sequence", cse_gate="hard")
+    assert len(outputs_of(loaded, token_ids(32)).cluster_ids[0].unique()) > 1
+
+
+@pytest.mark.parametrize("routing", ["evidence", "sequence", "discriminant"])
+def test_a_rounded_routing_state_is_refused_by_name(routing):
+    model = activate(tiny_model("gpt2", cse_routing=routing))
+    for module in model.modules():
+        for name, value in module._buffers.items():
+            if value is not None and value.is_floating_point():
+                module._buffers[name] = value.bfloat16()  # as accelerate's load_checkpoint_and_dispatch does
+    with pytest.raises(ValueError, match=r"of dtype torch.bfloat16 is not allowed: the routing state must be"):
+        model(token_ids())
 
 
 @pytest.mark.parametrize("size", [80, 120])

@@ -119,6 +119,18 @@ def test_experts_without_their_routers_are_refused(family, head, lost, tmp_path)
         type(model).from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(("family", "head"), LANGUAGE_HEADS)
+def test_clusters_without_their_experts_are_refused(family, head, tmp_path):
+    """Fresh experts would answer for them."""
+    model = activate(tiny_model(family, head))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(path).items() if ".2.mlp.experts." not in name}
+    save_file(kept, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"has clusters but lacks the experts of \['.*\.2\.mlp'\]"):
+        type(model).from_pretrained(tmp_path)
+
+
 def test_more_expert_layers_can_be_added_to_a_saved_model(family, tmp_path):
     model = activate(tiny_model(family))
     model.save_pretrained(tmp_path)
@@ -152,9 +164,9 @@ def test_auto_tokenizer_finds_the_familys_tokenizer(family, tmp_path):
 
 
 def test_code_travels_with_every_checkpoint(family, tmp_path):
-    """All twelve files lie flat beside the weights, and no other."""
+    """All thirteen files lie flat beside the weights, and no other."""
     tiny_model(family).save_pretrained(tmp_path)
     shared = ("configuration", "dispatch", "evidence", "experts", "inputs", "losses")
-    shared += ("outputs", "pretrained", "routing", "sharding", "threads")
+    shared += ("outputs", "pretrained", "routing", "scope", "sharding", "threads")
     helpers = {f"{name}_cse.py" for name in shared}
     assert {path.name for path in tmp_path.glob("*.py")} == helpers | {f"modeling_cse_{family}.py"}
