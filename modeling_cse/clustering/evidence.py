@@ -41,7 +41,9 @@ class Evidence:
         cls, ids: np.ndarray, labels: np.ndarray, shares: np.ndarray, vocab_size: int, held: np.ndarray
     ) -> "Evidence":
         """
-        Smoothing and temper are those that make the clusters of held-out texts likeliest, from every token on.
+        Smoothing and temper are those that make the clusters of held-out texts likeliest, from every token on. A token
+        that no text has says nothing: otherwise each one would speak for the small clusters, and where the texts have
+        no masks and the batches do, those are many.
 
         Args:
             ids: (N, L) token ids, -1 behind the end of a text.
@@ -52,13 +54,17 @@ class Evidence:
         """
         fitted = ~held & (labels >= 0)
         counts, of_counts = count_tokens(ids[fitted], vocab_size), labels[fitted]
+        unseen = np.asarray(counts.sum(axis=0))[0] == 0
         held = held & (labels >= 0)
         if not held.any():
-            return cls(log_ratios(counts, of_counts, len(shares), SMOOTHINGS[0]), shares)
+            table = log_ratios(counts, of_counts, len(shares), SMOOTHINGS[0])
+            table[unseen] = 0.0
+            return cls(table, shares)
         best: Evidence | None = None
         likeliest = -np.inf
         for smoothing in SMOOTHINGS:
             whole = cls(log_ratios(counts, of_counts, len(shares), smoothing), shares, smoothing)
+            whole.table[unseen] = 0.0
             sums = whole.sums(ids[held])
             for temper in TEMPERS:
                 likelihood = _log_likelihood(temper * sums + np.log(shares), ids[held], labels[held])

@@ -102,7 +102,7 @@ def fit_layer(
             patience=settings.patience,
         )
     labels = clustering.labels
-    held = held_out(len(features))
+    held = held_out(len(features), features.ids.numpy() if features.ids.shape[1] else None)
     # a cluster of which every member is held out would have no token to be fitted on
     held &= np.isin(labels, labels[~held])
     # sequences of no cluster (labels that are given) teach nothing
@@ -201,14 +201,16 @@ def _routing_metrics(router: ClusterRouter, fit: LayerFit, features: RoutingFeat
     return metrics
 
 
-def evidence_agreement(joint: JointFit, ids: np.ndarray) -> dict[str, float]:
-    """How often the tokens read so far tell the cluster of their text, over held-out texts and by position."""
+def evidence_agreement(joint: JointFit, ids: np.ndarray, causal: bool = True) -> dict[str, float]:
+    """How often the tokens read so far tell the cluster of their text, over held-out texts and by position; all of its
+    tokens where a model is not `causal`."""
     held, labels = held_out(len(ids), ids), joint.labels
     # as the fit has it: a cluster of which every text is held out was fitted on them
     held &= np.isin(labels, labels[~held]) & (labels >= 0)
     if not held.any():
         return {}
-    right = joint.evidence.clusters(ids[held]) == labels[held][:, None]
+    found = joint.evidence.clusters(ids[held]) if causal else joint.evidence.of_texts(ids[held])[:, None]
+    right = np.broadcast_to(found == labels[held][:, None], ids[held].shape)
     inside = ids[held] >= 0
     metrics = {"agreement": float(right[inside].mean())}
     for first, last in POSITIONS:

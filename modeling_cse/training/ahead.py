@@ -4,6 +4,7 @@ Reading ahead: routes that look at no hidden state need no trained model, so tha
 that training will see later, or before the first step.
 """
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ def read_ahead(
     """
     Fills a collector with rows drawn at random from the training data, one forward pass each in evaluation mode. The
     sample is the same however many processes there are, where a row is one text. What training draws at random stays
-    as it is.
+    as it is: batches are made by a copy of the collator, which may have a generator of its own.
 
     Args:
         collector: of the training, attached.
@@ -56,10 +57,11 @@ def _batches(dataloader: DataLoader, batch_size: int, sample_size: int, seed: in
     """This process's batches. Every process has as many, as forward passes of a sharded model wait for each other."""
     dataset: Any = dataloader.dataset
     drawn = np.random.default_rng(seed).permutation(len(dataset))[:sample_size]
+    collate: Any = copy.deepcopy(dataloader.collate_fn)
     for start in range(0, len(drawn), batch_size * world_size()):
         parts = np.array_split(drawn[start : start + batch_size * world_size()], world_size())
         if len(parts[-1]):
-            yield dataloader.collate_fn([dataset[int(row)] for row in parts[rank()]])
+            yield collate([dataset[int(row)] for row in parts[rank()]])
 
 
 @contextmanager

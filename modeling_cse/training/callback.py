@@ -23,7 +23,7 @@ from .memory import ClusterMemory, load_state, save_state
 from .moments import IdleSlots, start_moments
 from .saving import CheckpointSaves, find_state
 from .schedule import FitSchedule
-from .warmup import AutomaticWarmup
+from .warmup import AutomaticWarmup, detach_what_is_left
 from .zero import check_stage
 
 
@@ -138,6 +138,7 @@ class ClusterExpertsCallback(TrainerCallback):
         refuse_adapters(model)
         refuse_parallel_plans(model)
         self.base = routed_base_model(model)
+        detach_what_is_left(self.base)
         self.settings = self._asked.resolve(self.base.config.cse_routing)
         check_model(self.base, self.settings, self.schedule)
         check_stage(model)
@@ -152,9 +153,9 @@ class ClusterExpertsCallback(TrainerCallback):
         )
         self.memory = ClusterMemory()
         dataloader = kwargs.get("train_dataloader")
-        if state.global_step > 0:
-            self._resume(args, state)
-        ahead = state.global_step == 0 and self._may_read_ahead(dataloader)
+        # of what was trained before, a checkpoint that was saved without this callback tells nothing
+        self._begun_at = state.global_step if state.global_step > 0 and not self._resume(args, state) else 0
+        ahead = state.global_step == self._begun_at and self._may_read_ahead(dataloader)
         self._begin_warmup(args, state, kwargs.get("processing_class"), ahead)
         if self.trainer is None and args.report_to:
             logger.warning(
@@ -270,7 +271,8 @@ class ClusterExpertsCallback(TrainerCallback):
 
     def _missing_at_first_fit(self, args: TrainingArguments) -> int:
         """Sequences that training will not have read by then of those that make a sample."""
-        return 0 if self.first_fit is None else self.sample_size - self.first_fit * self._step_sequences(args)
+        due = self.first_fit if self._made_up is None else self._made_up
+        return 0 if due is None else self.sample_size - (due - self._begun_at) * self._step_sequences(args)
 
     def _begin_warmup(self, args: TrainingArguments, state: TrainerState, tokenizer, ahead: bool) -> None:
         self._made_up: int | None = None
@@ -281,11 +283,13 @@ class ClusterExpertsCallback(TrainerCallback):
         self.schedule = self._planned.resolve(self.memory.at_once)
         first = self.schedule.first_fit(state.max_steps)
         self.memory.at_once = first == 0
+        if first is not None and self.memory.fits:
+            first = min(first, state.global_step)  # it is over, also where training has become longer since
         if first is not None:
             self._first_fit = first
-            begins = ahead or self._has_clusters()
+            begins = ahead and state.global_step == 0 or self._has_clusters()
             check_warmup(self.schedule, first, state.max_steps, begins, bool(self.memory.discriminants))
-            self._make_up_for_first_fit(args, state)
+            self._make_up_for_first_fit(args, state, ahead)
             return
         if self._has_clusters() and not self.memory.warmup:
             raise ValueError("warmup='auto' is not allowed for a model that has clusters: use warmup=0.")
@@ -301,16 +305,22 @@ class ClusterExpertsCallback(TrainerCallback):
         self.automatic.warn_of_room(self.sample_size)
         self.automatic.attach()
 
-    def _make_up_for_first_fit(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Resuming behind the first fit from a checkpoint without clusters: they are found as soon as there is a
-        sample, and from then on when they would have been."""
-        step = state.global_step
-        if step < max(self._first_fit, 1) or self._has_clusters():
+    def _make_up_for_first_fit(self, args: TrainingArguments, state: TrainerState, ahead: bool) -> None:
+        """Resuming from a checkpoint without clusters, behind the first fit, or so shortly before it that less text
+        than it would have had is to be read till then: they are found as soon as there is a sample, and from then on
+        when they would have been."""
+        step, sampled = state.global_step, self._collecting_steps(args)
+        if step == 0 or self._has_clusters():
             return
-        self._made_up = min(step + self._collecting_steps(args), state.max_steps - 1)
+        behind = step >= self._first_fit
+        short = self._begun_at == step and not ahead and self._first_fit - step < min(sampled, self._first_fit)
+        if not behind and not short:
+            return
+        self._made_up = min(step + (sampled if behind else min(sampled, self._first_fit)), state.max_steps - 1)
         logger.warning(
-            f"the checkpoint of step {step} has no clusters, though the first fit was due at step {self._first_fit}: "
-            f"it is made up for at step {self._made_up}."
+            f"the checkpoint of step {step} has no clusters{'' if behind else ' and no sample of text'}, and the "
+            f"first fit {'was' if behind else 'is'} due at step {self._first_fit}: it is made up for at step "
+            f"{self._made_up}."
         )
 
     def detach(self) -> None:
@@ -369,12 +379,13 @@ class ClusterExpertsCallback(TrainerCallback):
         self.memory.warmup = {} if self.automatic is None else self.automatic.state()
         save_state(folder, rank(), state.global_step, self.memory, self._sampler.stores, self.base)
 
-    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Takes up the memory of the checkpoint the Trainer has just loaded."""
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Takes up the memory of the checkpoint the Trainer has just loaded, and says whether it has one."""
         folder = find_state(args, state, self.base)
         if folder is not None:
             load_state(folder, rank(), state.global_step, self.memory, self._sampler.stores, self.base)
             check_sums(folder)
+        return folder is not None
 
 
 def _is_count(value: object, least: int) -> bool:

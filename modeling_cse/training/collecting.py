@@ -231,7 +231,10 @@ def read_batches_of(
     collector.enabled, collector.training_only = True, False
     try:
         for batch in batches:
-            asked(**{name: value.to(device) for name, value in batch.items() if name in INPUTS})
+            inputs = {name: value.to(device) for name, value in batch.items() if name in INPUTS}
+            # choices of a question, which the head makes rows of
+            choices = "input_ids" in inputs and inputs["input_ids"].dim() > 2
+            (model if choices else asked)(**inputs)
             if sample_size is not None and min(store.seen for store in collector.stores.values()) >= sample_size:
                 break
     finally:

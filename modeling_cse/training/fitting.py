@@ -137,7 +137,7 @@ def fit_joint(
         max_clusters=module.router.max_clusters,
     )
     if base.config.cse_routing == "evidence":
-        fit.metrics.update(evidence_agreement(fit, ids))
+        fit.metrics.update(evidence_agreement(fit, ids, base.config.reads_left_to_right))
     return fit
 
 

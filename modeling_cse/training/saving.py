@@ -40,7 +40,7 @@ class CheckpointSaves:
     def end(self, args: TrainingArguments, state: TrainerState, write: Write) -> None:
         """After the Trainer has saved."""
         folder = checkpoint_folder(args, state)
-        if not folder.is_dir():
+        if state.is_hyper_param_search or not folder.is_dir():  # of a trial the Trainer keeps no checkpoint there
             return
         if self.begun != folder:  # the wish to save came later: from `save_strategy="best"`, or another callback
             write(folder)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .collecting import FeatureCollector
 from .consistency import GradientConsistency
 from .peaks import PeakFinder
 
@@ -115,8 +116,17 @@ class AutomaticWarmup:
             self.consistency.load(_under("consistency_", state))
 
 
+def detach_what_is_left(base: nn.Module) -> None:
+    """Takes the hooks off a base model that a training has left there which an exception ended (an interrupt in a
+    notebook): they would go on measuring."""
+    for hook in list(base._forward_pre_hooks.values()):
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, FeatureCollector | GradientConsistency):
+            owner.detach()
+
+
 def _under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-__all__ = ["AutomaticWarmup"]
+__all__ = ["AutomaticWarmup", "detach_what_is_left"]

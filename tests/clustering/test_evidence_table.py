@@ -2,13 +2,14 @@
 """Promises of evidence: its table is what counts say, its sums agree, smoothing and temper suit texts held out."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy.special import log_softmax
 from text_rows import VOCAB, texts
 
-from modeling_cse.clustering import Evidence
+from modeling_cse.clustering import Evidence, evidence_agreement
 from modeling_cse.clustering.evidence import SMOOTHINGS, TEMPERS, log_ratios, separation, separations
 from modeling_cse.clustering.texts import count_tokens
 
@@ -20,7 +21,7 @@ def fitted(own: float = 0.5, every: int = 5):
 
 
 def test_the_table_is_what_counts_say():
-    """Two texts, three tokens of the vocabulary, by hand."""
+    """Two texts, three tokens of the vocabulary, by hand. The third is in none of them, and says nothing."""
     ids = np.array([[0, 0, 1, -1], [1, 1, 1, 1]])
     evidence = Evidence.fit(ids, np.array([0, 1]), np.array([0.5, 0.5]), 3, np.zeros(2, bool))
     background = [3 / 10, 6 / 10, 1 / 10]  # seen 2, 5 and 0 times, one more of each
@@ -28,7 +29,7 @@ def test_the_table_is_what_counts_say():
     for token in range(3):
         for cluster, (count, total) in enumerate(zip(((2, 1, 0), (0, 4, 0)), (3, 4), strict=True)):
             frequency = (count[token] + prior * background[token]) / (total + prior)
-            wanted = math.log(frequency / background[token])
+            wanted = math.log(frequency / background[token]) if token < 2 else 0.0
             assert evidence.table[token, cluster] == pytest.approx(wanted, rel=1e-5)
     assert (evidence.smoothing, evidence.temper) == (SMOOTHINGS[0], 1) and evidence.table.dtype == np.float32
 
@@ -53,6 +54,16 @@ def test_texts_that_were_held_out_are_told():
     np.testing.assert_array_equal(evidence.of_texts(ids[held]), domains[held])
     fresh, wanted = texts(seed=4)
     np.testing.assert_array_equal(evidence.of_texts(fresh), wanted)
+
+
+def test_agreement_is_of_the_routes_that_a_model_reads():
+    evidence, ids, domains, held = fitted(own=0.2)
+    joint = SimpleNamespace(evidence=evidence, labels=domains)
+    prefixes, whole = (evidence_agreement(joint, ids, causal) for causal in (True, False))
+    inside = ids[held] >= 0
+    right = np.broadcast_to((evidence.of_texts(ids[held]) == domains[held])[:, None], inside.shape)
+    assert whole["agreement"] == pytest.approx(right[inside].mean())
+    assert whole["agreement_0_8"] > prefixes["agreement_0_8"] + 0.1
 
 
 def test_held_out_texts_do_not_enter_the_table(monkeypatch):

@@ -75,7 +75,7 @@ def test_a_dense_checkpoint_from_behind_the_first_fit_is_made_up_for(tmp_path, c
     resumed = str(tmp_path / "checkpoint-8")
     trainer = run(tmp_path, update, resume=resumed, max_steps=16, save_strategy="no")
     assert fit_steps(trainer) == fits
-    assert "checkpoint of step 8 has no clusters, though the first fit was due at step 6" in caplog.text
+    assert "checkpoint of step 8 has no clusters, and the first fit was due at step 6" in caplog.text
 
 
 @pytest.mark.parametrize("warmup", [6, "auto"])

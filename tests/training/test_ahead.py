@@ -121,6 +121,44 @@ def test_random_numbers_of_data_and_collator_are_given_back():
     assert found[0] == found[1]
 
 
+def test_a_collator_with_a_generator_of_its_own_draws_as_it_would_without():
+    class Collator:
+        generator = None
+
+        def __call__(self, batch):
+            self.generator = self.generator or torch.Generator().manual_seed(3)
+            torch.rand(3, generator=self.generator)
+            return default_data_collator(batch)
+
+    model, collate = evidence_model(), Collator()
+    collector = FeatureCollector(model, 32)
+    collector.attach()
+    ahead.read_ahead(collector, model, DataLoader(DATA, collate_fn=collate), 8, 32, seed=0)
+    assert all(len(store) == 32 for store in collector.stores.values())
+    assert collate.generator is None, "workers make one each"
+
+
+def test_choices_of_a_question_are_read_ahead_as_rows(tmp_path, samples):
+    model = tiny_model("bert", "ForMultipleChoice", cse_routing="evidence", cse_combine="add")
+    data = [
+        {name: torch.stack([one[name], other[name]]) for name in ("input_ids", "attention_mask")} | {"labels": 0}
+        for one, other in zip(DATA[::2], DATA[1::2], strict=True)
+    ]
+    train(tmp_path, callback(update="frozen"), model=model, data=data, max_steps=2)
+    assert len(texts(samples)[0]) == 32 and clusters_of(model) == [3, 3]
+
+
+@pytest.mark.parametrize(("routing", "fits", "seen"), [("evidence", [6], 32), ("discriminant", [9], 32)])
+def test_a_checkpoint_without_clustering_leaves_no_sample_too_small(tmp_path, samples, routing, fits, seen):
+    """The first fit is due at step 6; a dense run was saved at step 5."""
+    model = tiny_model("gpt2", cse_routing=routing)
+    saving = {"data": DATA, "save_strategy": "steps", "save_steps": 5}
+    make_trainer(tmp_path, model=model, **{**saving, "max_steps": 5}).train()
+    own = callback(warmup=6, update="frozen")
+    trainer = train(tmp_path, own, model=model, resume=str(tmp_path / "checkpoint-5"), max_steps=12, **saving)
+    assert fit_steps(trainer) == fits and len(next(iter(samples[0].values()))) == seen
+
+
 def test_generators_of_accelerators_are_left_alone(monkeypatch):
     """Nothing here gives them back."""
     seeded = []

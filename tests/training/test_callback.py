@@ -8,8 +8,10 @@ import pytest
 import torch
 from tiny import dense_model, routed_modules, tiny_model
 from tiny_runs import Watcher, fit_steps, history, make_trainer, rows, settings, train
+from transformers import TrainerCallback
 
 from modeling_cse import ClusterExpertsCallback, fit_experts
+from modeling_cse.training.saving import CheckpointSaves
 
 
 WRONG = [
@@ -175,6 +177,40 @@ def test_hooks_are_gone_after_training_and_nothing_is_kept_twice(tmp_path):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
     trainer.train()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+@pytest.mark.parametrize("warmup", [4, "auto"])
+def test_what_an_interrupt_has_left_is_gone_in_the_next_training(tmp_path, warmup):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    model = tiny_model("gpt2")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, ClusterExpertsCallback(**settings(warmup=warmup)), model=model, callbacks=[Interrupt()])
+    assert model.base_model._forward_pre_hooks
+    again = train(tmp_path, model=model)
+    assert fit_steps(again)[0] == 4 and not model.base_model._forward_pre_hooks
+
+
+def test_a_longer_training_does_not_fit_frozen_clusters_again(tmp_path):
+    own = {"warmup": 0.2, "update": "frozen"}
+    saving = {"save_strategy": "steps", "save_steps": 5}
+    first = train(tmp_path, ClusterExpertsCallback(**settings(**own)), **saving)
+    assert fit_steps(first) == [2]
+    place = str(tmp_path / "checkpoint-5")
+    longer = train(tmp_path, ClusterExpertsCallback(**settings(**own)), resume=place, max_steps=50, **saving)
+    assert fit_steps(longer) == [2]
+
+
+def test_a_trial_of_a_search_leaves_checkpoints_of_other_runs_alone(tmp_path):
+    """The Trainer saves a trial's into a folder of the trial."""
+    trainer = train(tmp_path, save_strategy="steps", save_steps=5)
+    place, written = tmp_path / "checkpoint-5", []
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    trainer.state.is_hyper_param_search, trainer.state.global_step = True, 5
+    CheckpointSaves().end(trainer.args, trainer.state, written.append)
+    assert not written and {path.name: path.read_bytes() for path in place.iterdir()} == before
 
 
 def test_warm_up_changes_nothing(tmp_path):
