@@ -121,9 +121,12 @@ class ClusterExpertsCallback(TrainerCallback):
         self.saves = CheckpointSaves()
 
     def attach(self, trainer: Trainer) -> "ClusterExpertsCallback":
-        """Adds itself to a trainer, and logs through it from then on."""
+        """Adds itself to a trainer, and logs through it from then on. A trainer takes one; another is a ValueError."""
+        callbacks = trainer.callback_handler.callbacks
+        if any(isinstance(each, ClusterExpertsCallback) and each is not self for each in callbacks):
+            raise ValueError("trainer has another ClusterExpertsCallback, and takes one: remove_callback that first.")
         self.trainer = trainer
-        if self not in trainer.callback_handler.callbacks:
+        if self not in callbacks:
             trainer.add_callback(self)
         return self
 
@@ -343,9 +346,8 @@ class ClusterExpertsCallback(TrainerCallback):
         features = gather_features({site: self._sampler.stores[site].as_it_is() for site in sites}, self.sample_size)
         budget = self._budget() if first else None
         metrics, filled = fit_layers(self.base, features, self.settings, self.memory, budget, drifting=True)
-        modules = self.base.routed_modules()
         for site, slots in filled.items():
-            start_moments(optimizer, modules[site], slots)
+            start_moments(optimizer, self.base.routed_modules()[site], slots)
         self.idle.take(self._modules(), optimizer)
         if first:
             self._sampler.attach(self._sites())

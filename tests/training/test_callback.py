@@ -171,6 +171,12 @@ def test_attaching_twice_adds_one_callback(tmp_path):
     assert trainer.callback_handler.callbacks.count(callback) == 1
 
 
+def test_a_second_callback_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, ClusterExpertsCallback(**settings()))
+    with pytest.raises(ValueError, match="trainer has another ClusterExpertsCallback, and takes one"):
+        ClusterExpertsCallback(**settings()).attach(trainer)
+
+
 def test_hooks_are_gone_after_training_and_nothing_is_kept_twice(tmp_path):
     trainer = train(tmp_path)
     modules = list(trainer.model.modules())
