@@ -22,13 +22,48 @@ A Trainer does the same at the end of a run: `ModelCardCallback(texts=...).attac
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from small_model import model_of, parser_for
-from transformers import AutoModel, AutoTokenizer
+from small_model import has_experts, model_of, parser_for
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from modeling_cse import describe_experts
 from modeling_cse.data import load_corpus
 from modeling_cse.hub import write_model_card
 from modeling_cse.runs import write_run_card
+
+
+def write_card(folder: Path, data: str | None, card: dict) -> None:
+    """
+    Writes the card into the model's folder: from the run of run_clm.py or run_mlm.py that left it, which knows all of
+    it, otherwise by the texts of `data`.
+
+    Raises:
+        SystemExit: there is no such folder, its model has no experts, or text is missing or not wanted.
+    """
+    if not folder.is_dir():
+        raise SystemExit(f"--model {folder}: there is no such folder.")
+    run = folder.absolute().parent
+    if folder.absolute().name == "cse" and (run / "report.json").is_file():  # of another folder there it says nothing
+        if data is not None:
+            raise SystemExit(
+                f"--data {data} is not allowed with --model {folder}: leave it out. The report.json beside the folder "
+                "tells what its experts know, and no other text is read."
+            )
+        write_run_card(run, **card)
+        return
+    if not has_experts(AutoConfig.from_pretrained(folder)):
+        raise SystemExit(
+            f"--model {folder} is not allowed: it must have a layer with experts, which the card tells of. A dense "
+            "model is shared by its own push_to_hub()."
+        )
+    if data is None:
+        raise SystemExit(
+            f"--model {folder} is not the folder cse of a finished run, so no report.json tells what its experts "
+            "know: name text for them with --data (a file, or a folder of .txt files). The card quotes from it."
+        )
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = load_corpus(train_file=data, validation_file=data)["train"]
+    experts = describe_experts(model, tokenizer, texts)
+    write_model_card(folder, config=model.config, results={}, recipe={}, data={}, experts=experts, **card)
 
 
 def main() -> None:
@@ -38,23 +73,12 @@ def main() -> None:
     licenses = "of the weights, by the Hub's list; apache-2.0 if left out"
     parser.add_argument("--license", default="apache-2.0", help=licenses)
     parser.add_argument("--language", nargs="+", default=["en"], help="of the text: codes by ISO 639")
-    parser.add_argument("--data", help="text to tell the experts by and to quote; needed where no run lies beside")
+    parser.add_argument("--data", help="text to tell the experts by and to quote; only where no run lies beside")
     options = parser.parse_args()
 
     folder = Path(model_of(options))
     card = {"license": options.license, "language": options.language, "repo_id": options.repo}
-    if (folder.parent / "report.json").is_file():  # a run of run_clm.py or run_mlm.py, which knows all of it
-        write_run_card(folder.parent, **card)
-    elif options.data is None:
-        raise SystemExit(
-            f"There is no report.json beside {folder}, so no run tells what its experts know: name text for them with "
-            "--data (a file, or a folder of .txt files). The card quotes from it."
-        )
-    else:
-        model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        texts = load_corpus(train_file=options.data, validation_file=options.data)["train"]
-        experts = describe_experts(model, tokenizer, texts)
-        write_model_card(folder, config=model.config, results={}, recipe={}, data={}, experts=experts, **card)
+    write_card(folder, options.data, card)
     print(f"card: {folder / 'README.md'}")
     print("files:", ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())))
     if options.repo:

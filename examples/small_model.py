@@ -4,6 +4,8 @@
 import argparse
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
 from modeling_cse.runs import GPT2, pretrain
 
 
@@ -30,6 +32,11 @@ def model_of(options: argparse.Namespace) -> str:
     if options.model == str(QUICKSTART / "cse") and not Path(options.model).is_dir():
         raise SystemExit(f"There is no {options.model} yet: run `make quickstart` first, or name a --model.")
     return options.model
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration has a layer with experts. A dense twin has none, nor has a stock model."""
+    return bool(getattr(config, "cse_layer_indices", []))
 
 
 def smoke_model() -> Path:

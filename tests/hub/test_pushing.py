@@ -5,6 +5,7 @@ The Hub is a stand-in on this machine (`stand_in.py`) that speaks its HTTP API; 
 with an empty cache, because `huggingface_hub` reads its endpoint when it is imported.
 """
 
+import json
 import os
 import runpy
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from stand_in import USER, StandIn
+from tiny import EVIDENCE, tiny_config
 
 
 ROOT = Path(__file__).parents[2]
@@ -137,13 +139,46 @@ def test_the_example_shares_what_lies_in_a_folder(hub, tmp_path):
     assert load(hub, tmp_path / "stranger") == "CSEGPT2ForCausalLM [3, 3] 6"
 
 
+def share(monkeypatch, *words) -> None:
+    """The example, in this process."""
+    monkeypatch.setattr(sys, "argv", ["share_on_the_hub.py", *map(str, words)])
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    runpy.run_path(str(ROOT / "examples" / "share_on_the_hub.py"), run_name="__main__")
+
+
+@pytest.fixture
+def finished(tmp_path) -> Path:
+    """The folder of a run with its twin, as far as a card needs it."""
+    report = {"perplexity": {}, "recipe": {}, "data": {}, "base_model": None, "experts": [], "datasets": []}
+    (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    tiny_config("gpt2", **EVIDENCE).save_pretrained(tmp_path / "cse")
+    tiny_config("gpt2", cse_layers=[]).save_pretrained(tmp_path / "dense")
+    return tmp_path
+
+
 def test_the_example_does_not_describe_experts_by_text_that_nobody_named(tmp_path, monkeypatch):
     """A folder of which no run tells anything: its card would quote the sample corpus."""
-    monkeypatch.setattr(sys, "argv", ["share_on_the_hub.py", "--model", str(tmp_path)])
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    tiny_config("gpt2", **EVIDENCE).save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="--data"):
-        runpy.run_path(str(ROOT / "examples" / "share_on_the_hub.py"), run_name="__main__")
-    assert not list(tmp_path.iterdir())
+        share(monkeypatch, "--model", tmp_path)
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_the_example_takes_the_card_of_a_run_for_its_cse_model_alone(finished, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="dense is not allowed: it must have a layer with experts"):
+        share(monkeypatch, "--model", finished / "dense")
+    assert not list(finished.glob("*/README.md"))
+    monkeypatch.chdir(finished / "cse")
+    share(monkeypatch, "--model", ".")
+    assert (finished / "cse" / "README.md").is_file() and "card: README.md" in capsys.readouterr().out
+
+
+def test_the_example_refuses_text_that_it_would_not_read_and_folders_that_are_not_there(finished, monkeypatch):
+    with pytest.raises(SystemExit, match="--data nothere.txt is not allowed"):
+        share(monkeypatch, "--model", finished / "cse", "--data", "nothere.txt")
+    with pytest.raises(SystemExit, match="nothere: there is no such folder"):
+        share(monkeypatch, "--model", finished / "nothere")
+    assert not list(finished.glob("*/README.md"))
 
 
 @pytest.mark.slow
