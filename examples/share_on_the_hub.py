@@ -31,6 +31,11 @@ from modeling_cse.hub import write_model_card
 from modeling_cse.runs import write_run_card
 
 
+# Of a run, not of the model. Clustering state holds training text: the sample for the next fit, as token ids.
+STATES = ["cluster_state_*", "optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json"]
+NOT_SHARED = [*STATES, "checksums.json", "checkpoint*", "*.jsonl", "*.bin"]
+
+
 def write_card(folder: Path, data: str | None, card: dict) -> None:
     """
     Writes the card into the model's folder: from the run of run_clm.py or run_mlm.py that left it, which knows all of
@@ -84,8 +89,7 @@ def main() -> None:
     if options.repo:
         hub = HfApi()
         hub.create_repo(options.repo, private=options.private, exist_ok=True)
-        skipped = ["checkpoint*", "*.jsonl", "*.bin"]
-        print(hub.upload_folder(repo_id=options.repo, folder_path=folder, ignore_patterns=skipped))
+        print(hub.upload_folder(repo_id=options.repo, folder_path=folder, ignore_patterns=NOT_SHARED))
 
 
 if __name__ == "__main__":

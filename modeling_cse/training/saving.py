@@ -21,7 +21,8 @@ Write = Callable[[Path], None]
 class CheckpointSaves:
     """
     Clustering state is written first where the Trainer is about to save: before `on_save` it deletes older
-    checkpoints, and a kill in between must leave a complete one.
+    checkpoints, and a kill in between must leave a complete one. With `save_only_model` none is written: it holds
+    training text, and whoever saves only the model may want to share the checkpoint.
     """
 
     def __init__(self):
@@ -34,7 +35,7 @@ class CheckpointSaves:
             return
         if args.should_save:
             begin_checkpoint(folder)
-        write(folder)
+        self._write(args, folder, write)
         self.begun = folder
 
     def end(self, args: TrainingArguments, state: TrainerState, write: Write) -> None:
@@ -43,7 +44,7 @@ class CheckpointSaves:
         if state.is_hyper_param_search or not folder.is_dir():  # of a trial the Trainer keeps no checkpoint there
             return
         if self.begun != folder:  # the wish to save came later: from `save_strategy="best"`, or another callback
-            write(folder)
+            self._write(args, folder, write)
         self.begun = None
         if args.should_save:
             seal_checkpoint(folder)
@@ -53,9 +54,16 @@ class CheckpointSaves:
         of that name would be taken for one."""
         if self.begun is not None:
             (self.begun / file_name(rank())).unlink(missing_ok=True)
-            if not any(self.begun.iterdir()):
+            if self.begun.is_dir() and not any(self.begun.iterdir()):
                 self.begun.rmdir()
             self.begun = None
+
+    @staticmethod
+    def _write(args: TrainingArguments, folder: Path, write: Write) -> None:
+        if args.save_only_model:
+            (folder / file_name(rank())).unlink(missing_ok=True)  # an earlier run's
+        else:
+            write(folder)
 
 
 def find_state(args: TrainingArguments, state: TrainerState, base: nn.Module) -> Path | None:
@@ -87,7 +95,7 @@ def find_state(args: TrainingArguments, state: TrainerState, base: nn.Module) ->
         raise ValueError(
             f"{file_name(rank())} was not found in {[str(place) for place in places]}, so clustering cannot go on "
             f"from step {state.global_step}. Name the checkpoint in TrainingArguments(resume_from_checkpoint=...) "
-            "too, or resume from a complete one."
+            "too, or resume from a complete one (save_only_model leaves it out)."
         )
     return folder
 

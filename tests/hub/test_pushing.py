@@ -8,6 +8,7 @@ with an empty cache, because `huggingface_hub` reads its endpoint when it is imp
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,8 +16,13 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file
 from stand_in import USER, StandIn
-from tiny import EVIDENCE, tiny_config
+from tiny import EVIDENCE, tiny_config, tiny_model
+from tiny_runs import make_trainer, settings
+
+from modeling_cse import ClusterExpertsCallback
 
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +128,7 @@ def test_checkpoints_are_pushed_with_their_code(hub, tmp_path):
     files = train(hub, tmp_path / "owner", hub_strategy="all_checkpoints", **saving)["main"]
     for name in ("config.json", "model.safetensors", "modeling_cse_gpt2.py"):
         assert {f"checkpoint-5/{name}", f"checkpoint-10/{name}"} <= set(files)
+    assert not [path for path in files if "cluster_state" in path]  # it holds text of the training data
     assert load(hub, tmp_path / "stranger") == "CSEGPT2ForCausalLM [3, 3] 6"
 
 
@@ -179,6 +186,34 @@ def test_the_example_refuses_text_that_it_would_not_read_and_folders_that_are_no
     with pytest.raises(SystemExit, match="nothere: there is no such folder"):
         share(monkeypatch, "--model", finished / "nothere")
     assert not list(finished.glob("*/README.md"))
+
+
+class Uploads:
+    """Of the Hub's client: what it would upload."""
+
+    found: list[str] = []
+
+    def create_repo(self, *_, **options):
+        pass
+
+    def upload_folder(self, *, repo_id, folder_path, ignore_patterns):
+        names = [path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file()]
+        type(self).found = sorted(filter_repo_objects(names, ignore_patterns=ignore_patterns))
+
+
+def test_the_example_shares_a_checkpoint_without_the_text_of_its_training(finished, monkeypatch):
+    """The sample for the next fit lies there as token ids."""
+    callback = ClusterExpertsCallback(**settings(algorithm="text", sample_size=48))
+    saving = {"save_strategy": "steps", "save_steps": 5, "max_steps": 9}  # 5: before the fit at 6
+    make_trainer(finished, callback, model=tiny_model("gpt2", **EVIDENCE), **saving).train()
+    shutil.rmtree(finished / "cse")
+    (finished / "checkpoint-5").rename(finished / "cse")
+    kept = load_file(finished / "cse" / "cluster_state_rank0.safetensors")
+    assert any(name.endswith(".ids") and tensor.numel() for name, tensor in kept.items())
+    monkeypatch.setattr("huggingface_hub.HfApi", Uploads)
+    share(monkeypatch, "--model", finished / "cse", "--repo", f"{USER}/tiny-cse")
+    uploaded = {name for name in Uploads.found if not name.endswith(".py")}
+    assert uploaded == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers.trainer
-from tiny_runs import make_trainer, settings
+from tiny_runs import fit_steps, make_trainer, settings
 from transformers import TrainerCallback
 
 import modeling_cse
@@ -132,6 +132,17 @@ def test_saving_by_epochs_is_complete(tmp_path):
     run(tmp_path, save_strategy="epoch", max_steps=-1, num_train_epochs=2)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-16")
     assert (tmp_path / "checkpoint-8" / CLUSTERS).is_file()
+
+
+def test_a_checkpoint_of_the_model_alone_holds_no_sample_of_the_text(folder, tmp_path):
+    """`save_only_model`: the run fits as ever, and what an earlier one left in the same folders goes too."""
+    assert fit_steps(run(folder, save_only_model=True)) == [4, 6]
+    assert len(list(folder.glob("checkpoint-*/model.safetensors"))) == 4 and not list(folder.glob(f"*/{CLUSTERS}"))
+    run(tmp_path / "late", [SaveAtFive()], save_strategy="no", save_only_model=True)
+    names = {path.name for path in (tmp_path / "late" / "checkpoint-5").iterdir()}
+    assert "model.safetensors" in names and CLUSTERS not in names
+    run(tmp_path / "never", [Veto()], save_only_model=True)
+    assert not list((tmp_path / "never").glob("checkpoint-*"))
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
