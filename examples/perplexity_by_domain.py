@@ -12,11 +12,13 @@ Prints a line a domain, after `make quickstart`:
     general      114.83 perplexity    17085 tokens     6% of them to experts
     legal        101.07 perplexity    21165 tokens    97% of them to experts
     medical      152.85 perplexity    20145 tokens    98% of them to experts
+
+A dense model, as runs/quickstart/dense, has lines without the last column.
 """
 
 from pathlib import Path
 
-from small_model import model_of, parser_for
+from small_model import has_experts, model_of, parser_for
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
 
@@ -49,9 +51,10 @@ def main() -> None:
         metric = PerplexityByDomain()
         losses, tokens = sequence_losses(model, loader, shift=True)
         metric.add_batch(predictions=losses.tolist(), references=tokens.tolist(), domains=[domain] * len(tokens))
-        found, routed = metric.compute(), sum(expert_shares(model, loader))
-        line = f"{domain:<10} {found['perplexity']:>8.2f} perplexity {tokens.sum():>8} tokens"
-        print(f"{line} {routed:>6.0%} of them to experts")
+        line = f"{domain:<10} {metric.compute()['perplexity']:>8.2f} perplexity {tokens.sum():>8} tokens"
+        if has_experts(model.config):
+            line += f" {sum(expert_shares(model, loader)):>6.0%} of them to experts"
+        print(line)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ Prints the text and under it the experts of its tokens, `.` where the common lay
 
     The court held that that it had been not on the ...
     experts: . 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 ...
+
+Of a dense model it prints the text alone.
 """
 
 import torch
-from small_model import model_of, parser_for
+from small_model import has_experts, model_of, parser_for
 from transformers import pipeline
 
 import modeling_cse  # noqa: F401 (registers the models; without it: pipeline(..., trust_remote_code=True))
@@ -39,9 +41,11 @@ def main() -> None:
     torch.manual_seed(0)
     for prompt in options.prompts:
         (found,) = generate(prompt, max_new_tokens=8 if options.smoke else 40, pad_token_id=tokenizer.eos_token_id)
-        ids = tokenizer(found["generated_text"], return_tensors="pt").input_ids[0]
         print(found["generated_text"])
-        print("experts:", " ".join("." if expert < 0 else str(expert) for expert in experts_of(generate.model, ids)))
+        if has_experts(generate.model.config):
+            ids = tokenizer(found["generated_text"], return_tensors="pt").input_ids[0]
+            asked = ("." if expert < 0 else str(expert) for expert in experts_of(generate.model, ids))
+            print("experts:", " ".join(asked))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..training import routed_base_model
+
 
 @torch.no_grad()
 def expert_shares(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[float]:
@@ -23,9 +25,10 @@ def expert_shares(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> lis
         One share an expert slot.
 
     Raises:
-        ValueError: there is no batch, or no token in them.
+        ValueError: the model is not of this family or has no layer with experts; there is no batch, or no token in
+            them.
     """
-    base: Any = next(part for part in model.modules() if hasattr(part, "routed_modules"))
+    base: Any = routed_base_model(model)
     module = list(base.routed_modules().values())[-1]
     counts = torch.zeros(module.num_experts + 1, dtype=torch.float64)
     was_training = model.training

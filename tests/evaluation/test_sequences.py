@@ -4,9 +4,9 @@
 import numpy as np
 import pytest
 import torch
-from tiny import activate, routed_modules, tiny_model, token_ids
+from tiny import activate, dense_model, routed_modules, tiny_model, token_ids
 
-from modeling_cse.evaluation import sequence_clusters, sequence_losses
+from modeling_cse.evaluation import expert_shares, sequence_clusters, sequence_losses
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +110,10 @@ def test_sure_texts_are_told_apart_too():
 def test_a_model_without_clusters_is_named():
     with pytest.raises(ValueError, match="model has no clusters in its last routed module"):
         sequence_clusters(tiny_model("gpt2"), batches(token_ids()))
+
+
+def test_shares_are_of_experts_and_a_model_without_any_is_named():
+    with pytest.raises(ValueError, match="CSEGPT2Model has no layer with experts: set cse_layers"):
+        expert_shares(tiny_model("gpt2", cse_layers=[]), batches(token_ids()))
+    with pytest.raises(ValueError, match="model=GPT2LMHeadModel is not allowed: it must be a CSE"):
+        expert_shares(dense_model("gpt2"), batches(token_ids()))

@@ -1,14 +1,20 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Every example runs from the first command of its own text, in a small size, and says what it promises."""
 
+import json
 import os
 import re
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
+from tiny import dense_model, tiny_model
+
+from modeling_cse.data import train_tokenizer
 
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +73,23 @@ def test_a_smoke_run_leaves_the_models_of_a_real_one_alone(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["start_from_dense.py", *flags])
         places.append(parse().output_dir.as_posix())
     assert places == ["runs/start_from_dense", "runs/start_from_dense_smoke", "runs/mine_smoke"]
+
+
+@pytest.mark.parametrize("make", [partial(tiny_model, cse_layers=[]), dense_model], ids=["twin", "stock"])
+def test_a_dense_model_is_measured_and_writes_without_a_word_of_experts(tmp_path, monkeypatch, capsys, make):
+    rows = [{"text": f"the court held that claim {n} fails", "domain": ("law", "other")[n % 2]} for n in range(20)]
+    tokenizer = train_tokenizer(Dataset.from_list(rows)["text"], kind="gpt2", vocab_size=300)
+    make("gpt2", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    flags = {"perplexity_by_domain.py": ["--data", str(data), "--block_size", "16"], "serve_with_pipeline.py": ["the"]}
+    for name, words in flags.items():
+        monkeypatch.setattr(sys, "argv", [name, "--model", str(tmp_path / "dense"), *words])
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "law " in printed and "other " in printed and "\nthe" in printed and "experts" not in printed
 
 
 @pytest.mark.slow
