@@ -45,6 +45,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--output_dir", default="runs/peft")
     options = parser.parse_args()
+    if options.train_file is None and options.validation_file is not None:
+        parser.error(f"--validation_file {options.validation_file} alone is not allowed: name --train_file too.")
     if options.train_file is None:
         options.train_file, options.validation_file = DATA / "train.jsonl.gz", DATA / "validation.jsonl.gz"
     options.steps = 4 if options.smoke else options.steps

@@ -22,6 +22,13 @@ def example(monkeypatch):
         sys.modules.pop(name, None)
 
 
+def test_held_out_text_without_text_to_train_on_is_refused(example, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["finetune_with_peft.py", "--validation_file", "mine.jsonl"])
+    with pytest.raises(SystemExit):
+        example.parse()
+    assert "--validation_file mine.jsonl alone is not allowed" in capsys.readouterr().err
+
+
 def test_tokens_of_other_experts_keep_their_logits(example):
     model = activate(tiny_model("gpt2", cse_layers=[-1], cse_routing="discriminant")).eval()
     ids = token_ids()
