@@ -149,11 +149,8 @@ class ClusterExpertsCallback(TrainerCallback):
         self._rows = (state.train_batch_size if args.auto_find_batch_size else None) or args.train_batch_size
         step = self._rows * args.gradient_accumulation_steps
         capacity = local_capacity(self.sample_size, self._rows)
-        self.collector = FeatureCollector(
-            model,
-            max(capacity, step) if self.schedule.moves else capacity,
-            with_ids=is_joint(self.base, self.settings),
-        )
+        room = max(capacity, step) if self.schedule.moves else capacity
+        self.collector = FeatureCollector(model, room, with_ids=is_joint(self.base, self.settings))
         self.memory = ClusterMemory()
         dataloader = kwargs.get("train_dataloader")
         # of what was trained before, a checkpoint that was saved without this callback tells nothing
