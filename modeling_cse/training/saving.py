@@ -1,11 +1,13 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """When clustering state goes into the Trainer's checkpoints, and where it is found again."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from .checkpoints import begin_checkpoint, seal_checkpoint
@@ -74,8 +76,8 @@ def find_state(args: TrainingArguments, state: TrainerState, base: nn.Module) ->
         Its folder; None for a checkpoint of a dense warm-up that was saved without the callback.
 
     Raises:
-        ValueError: the model's routers hold what no clustering writes, or there is no clustering state for clusters
-            that the model has.
+        ValueError: the model's routers hold what no clustering writes, there is no clustering state for clusters that
+            the model has, or what is found is of another run.
     """
     modules = base.routed_modules()
     flaw = base.routing_flaw()
@@ -97,7 +99,24 @@ def find_state(args: TrainingArguments, state: TrainerState, base: nn.Module) ->
             f"from step {state.global_step}. Name the checkpoint in TrainingArguments(resume_from_checkpoint=...) "
             "too, or resume from a complete one (save_only_model leaves it out)."
         )
+    if folder is not None and _is_of_another_run(folder, state):
+        raise ValueError(
+            f"{str(folder)!r} holds another run than the checkpoint of step {state.global_step} that the Trainer has "
+            "loaded: name that one in TrainingArguments(resume_from_checkpoint=...) too, or another output_dir."
+        )
     return folder
+
+
+def _is_of_another_run(folder: Path, state: TrainerState) -> bool:
+    """Whether the log of a checkpoint is not the one that the Trainer goes on with: it tells callbacks no folder."""
+    path = folder / TRAINER_STATE_NAME
+    if not path.is_file():
+        return False
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+    except (ValueError, KeyError):
+        return True
+    return json.dumps(known) != json.dumps(state.log_history[: len(known)])  # others may have logged by now
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -3,6 +3,7 @@
 
 import logging
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -84,6 +85,19 @@ def test_where_nothing_is_left_to_make_up_for_it_is_refused(tmp_path, warmup):
     with pytest.raises(ValueError, match="max_steps=9 is not allowed with a checkpoint of step 8 that has no cluster"):
         callback = ClusterExpertsCallback(**{**SLOW, "warmup": warmup, "update": "frozen"})
         train(tmp_path, callback, resume=str(tmp_path / "checkpoint-8"), max_steps=9)
+
+
+@pytest.mark.parametrize("step", [4, 8], ids=["before the first fit", "behind it"])
+def test_the_state_of_another_run_is_not_taken(tmp_path, step):
+    """A checkpoint of the same step in the folder that the run writes to."""
+    saving = {"save_steps": 4, "save_strategy": "steps"}
+    for name, seed in (("one", 1), ("other", 2)):
+        train(tmp_path / name, ClusterExpertsCallback(**SLOW), seed=seed, **saving)
+    loaded = str(tmp_path / "one" / f"checkpoint-{step}")
+    own, options = partial(ClusterExpertsCallback, **SLOW), {**saving, "save_steps": 99, "max_steps": 12}
+    with pytest.raises(ValueError, match=r"other.checkpoint-\d' holds another run .*resume_from_checkpoint="):
+        train(tmp_path / "other", own(), resume=loaded, **options)
+    train(tmp_path / "other", own(), resume=loaded, resume_from_checkpoint=loaded, **options)
 
 
 def test_missing_file_is_named(tmp_path):
