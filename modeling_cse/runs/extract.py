@@ -122,8 +122,11 @@ def make_extract(
     return extract
 
 
-def digest(paths: Iterable[str]) -> str:
+def digest(paths: Iterable[str], names: bool = False) -> str:
     """A number for the content of files or folders, by which a changed corpus is told from a run's own.
+
+    Args:
+        names: whether the paths count too. In a folder they say the domain.
 
     Raises:
         ValueError: a file that there is not.
@@ -132,6 +135,8 @@ def digest(paths: Iterable[str]) -> str:
     for path in expand(paths):
         if not path.is_file():
             raise ValueError(f"{str(path)!r} is not allowed: it must be an existing file, or a folder of text files.")
+        if names:
+            total.update(f"{path.as_posix()}\0".encode("utf-8", "surrogateescape"))
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "blake2b").digest())
     return total.hexdigest()

@@ -12,6 +12,10 @@ from ..data import FreshMasks
 from ..training.memory import replace_whole
 
 
+# What the first runs did not write down: one without it is gone on with as it is, and notes it then.
+NOTED_SINCE = {"data.content"}
+
+
 class JsonLinesCallback(TrainerCallback):
     """Writes every log entry as a line of JSON, and after a resumption drops the lines of steps that are run again."""
 
@@ -59,7 +63,8 @@ def check_folder(folder: Path, settings: dict[str, Any], resume: bool) -> None:
             "with --resume_from_checkpoint last."
         )
     before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(_settings_text(settings))
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    known = (before.keys() | now.keys()) - (NOTED_SINCE - before.keys())
+    changed = sorted(name for name in known if before.get(name) != now.get(name))
     if changed:
         raise ValueError(
             f"output_dir={str(folder)!r} holds a run with other settings of {changed}, so it cannot be resumed. Name "

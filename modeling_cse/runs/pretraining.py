@@ -4,6 +4,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sized
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from ..hub import hardware
 from ..training import ClusterExpertsCallback, check_checkpoint, last_complete_checkpoint
 from .arguments import ClusterArguments, DataArguments, ModelArguments, parse_arguments
 from .checks import check_arguments, check_best_metric, check_twin
+from .extract import digest
 from .folder import EpochCallback, JsonLinesCallback, check_folder, note_interruption, write_settings
 from .report import report_run
 
@@ -139,7 +141,18 @@ class Pretraining:
             for group, values in groups.items()
             for name, value in values.items()
             if name not in FREE_SETTINGS and name != "token"
-        }
+        } | {"data.content": self._content}
+
+    @cached_property
+    def _content(self) -> str | None:
+        """By which changed text is told; None for a stream, which is not read beforehand, and for a named data set."""
+        data = self.data_arguments
+        if data.train_file is None or data.streaming:
+            return None
+        files: list[str] = []
+        for split in (data.train_file, data.validation_file or []):
+            files += [split] if isinstance(split, str) else split  # a recipe may name one file without a list
+        return digest(files, names=True)
 
     # ---- data ----------------------------------------------------------------------------------------------------
 

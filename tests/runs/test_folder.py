@@ -20,6 +20,15 @@ def test_a_folder_with_a_run_is_only_taken_to_resume_it(tmp_path):
         check_folder(tmp_path, {**settings, "training.seed": 1}, resume=True)
 
 
+def test_a_run_that_did_not_note_its_text_is_gone_on_with(tmp_path):
+    write_settings(tmp_path, {"training.seed": 0})
+    check_folder(tmp_path, {"training.seed": 0, "data.content": "ab"}, resume=True)
+    write_settings(tmp_path, {"training.seed": 0, "data.content": "ab"})
+    for content in ("cd", None):
+        with pytest.raises(ValueError, match=r"other settings of \['data.content'\]"):
+            check_folder(tmp_path, {"training.seed": 0, "data.content": content}, resume=True)
+
+
 def test_metrics_of_steps_that_are_run_again_are_dropped(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     callback = JsonLinesCallback(path)

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from modeling_cse.runs import BERT, GPT2, pretrain, write_run_card
 from modeling_cse.runs.arguments import parse_arguments
+from modeling_cse.runs.folder import check_folder, write_settings
 from modeling_cse.runs.pretraining import Pretraining
 
 
@@ -284,6 +285,29 @@ def test_the_oracle_s_labels_are_those_of_training(tmp_path):
     assert set(run.training["given_clusters"]) == {0, 1, 2}
     found = {domain: set(blocks["given_clusters"]) for domain, blocks in run.validation.items()}
     assert found == {"b": {1}, "c": {2}, "d": {-1}}
+
+
+def test_changed_text_is_refused_by_name(tmp_path):
+    """Also where a text only moves to another domain; a stream is not read beforehand."""
+
+    def settings(**changes):
+        return Pretraining(GPT2, *parse_arguments(flags(tmp_path / "run", **{**files, **changes})))._settings()
+
+    (tmp_path / "texts" / "a").mkdir(parents=True)
+    (tmp_path / "texts" / "a" / "one.txt").write_text("one")
+    files = {"train_file": tmp_path / "texts", "validation_file": jsonl(tmp_path / "validation.jsonl", "b")}
+    write_settings(tmp_path / "run", settings())
+    check_folder(tmp_path / "run", settings(), resume=True)
+    before = files["validation_file"].read_text()
+    jsonl(files["validation_file"], "c")
+    with pytest.raises(ValueError, match=r"other settings of \['data.content'\]"):
+        pretrain(GPT2, flags(tmp_path / "run", **files, resume_from_checkpoint="last"))
+    files["validation_file"].write_text(before)
+    check_folder(tmp_path / "run", settings(), resume=True)
+    (tmp_path / "texts" / "a").rename(tmp_path / "texts" / "b")
+    with pytest.raises(ValueError, match=r"other settings of \['data.content'\]"):
+        check_folder(tmp_path / "run", settings(), resume=True)
+    assert settings(streaming=True)["data.content"] is None
 
 
 def test_random_routes_have_the_sizes_they_were_given(tmp_path):
