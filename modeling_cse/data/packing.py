@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Blocks: the tokens of many documents put end to end and cut into pieces of one length."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,7 @@ def split_by_domain(dataset: Dataset) -> dict[str, Dataset]:
         Domain to blocks, sorted by name; `{"all": dataset}` if there is no column `domain`.
 
     Raises:
-        ValueError: a stream with domains, which are not known before it ends.
+        ValueError: a stream with domains, which are not known before it ends; a domain `all` beside others.
     """
     has_domains = DOMAIN_COLUMN in (dataset.column_names or [])
     if has_domains and isinstance(dataset, IterableDataset):
@@ -113,8 +113,24 @@ def split_by_domain(dataset: Dataset) -> dict[str, Dataset]:
     if not has_domains:
         return {"all": dataset}
     domains = np.asarray(dataset[DOMAIN_COLUMN][:], dtype=object)
-    blocks = dataset.remove_columns(DOMAIN_COLUMN)
-    return {domain: blocks.select(np.flatnonzero(domains == domain)) for domain in sorted(set(domains))}
+    blocks, names = dataset.remove_columns(DOMAIN_COLUMN), sorted(set(domains))
+    check_domains(names)
+    return {domain: blocks.select(np.flatnonzero(domains == domain)) for domain in names}
+
+
+def check_domains(names: Collection[str]) -> None:
+    """
+    Whether results by domain can be told from those over all text.
+
+    Raises:
+        ValueError: a domain `all` beside others.
+    """
+    others = sorted(set(names) - {"all"})
+    if others and "all" in names:
+        raise ValueError(
+            f"domain 'all' is not allowed beside others {others}: results over the text of all domains have that "
+            "name. Name the domain otherwise."
+        )
 
 
 class _Encoder:

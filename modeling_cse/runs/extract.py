@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import load_corpus, train_tokenizer
 from ..data.folders import expand
+from ..data.packing import check_domains
 from ..training.memory import replace_whole
 
 
@@ -68,7 +69,7 @@ def make_extract(
         block_size, vocab_size: of the model.
 
     Raises:
-        ValueError: see `load_corpus`; a row without domain; or too little text.
+        ValueError: see `load_corpus`; a row without domain; a domain `all` beside others; or too little text.
     """
     done = folder / "extract.json"
     if done.is_file():
@@ -86,6 +87,7 @@ def make_extract(
             _part(corpus["validation"], text_column, MOST_HELD_OUT * block_size), text_column, domain_column
         ),
     }
+    check_domains({domain for rows in splits.values() for _, domain in rows})
     tokenizer = train_tokenizer((text for text, _ in splits["train"]), kind="gpt2", vocab_size=vocab_size)
     counts = {name: _tokens_by_domain(rows, tokenizer) for name, rows in splits.items()}
     small = sorted(

@@ -192,6 +192,15 @@ def test_split_by_domain_without_domains(tokenizers):
         split_by_domain(stream)
 
 
+def test_a_domain_named_as_the_union_stands_alone_or_is_refused(tokenizers):
+    rows = [row | {"domain": "all" if row["domain"] == "law" else "b"} for row in ROWS]
+    packed = pack(Dataset.from_list(rows), tokenizers["gpt2"], block_size=16, domain_column="domain")
+    with pytest.raises(ValueError, match=r"domain 'all' is not allowed beside others \['b'\]"):
+        split_by_domain(packed)
+    alone = split_by_domain(packed.filter(lambda row: row["domain"] == "all"))
+    assert list(alone) == ["all"] and len(alone["all"])
+
+
 def test_no_warning_about_long_documents(tokenizers, caplog, monkeypatch):
     tokenizer, text = tokenizers["gpt2"], "word " * 200
     monkeypatch.setattr(tokenizer, "model_max_length", 16)

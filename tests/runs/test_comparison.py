@@ -200,6 +200,14 @@ def test_a_corpus_too_small_to_tell_is_refused(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_domain_named_as_the_union_is_refused(corpus, tmp_path):
+    text = (corpus / "text.jsonl").read_text(encoding="utf-8").replace('"domain": "legal"', '"domain": "all"')
+    (tmp_path / "text.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"domain 'all' is not allowed beside others \['general', 'medical'\]"):
+        compare(arguments(corpus, tmp_path / "run", train=tmp_path / "text.jsonl", domain_column="domain"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_small_domains_become_one_and_no_text_is_in_both_splits(corpus, tmp_path):
     rows = [json.loads(line) for line in (corpus / "text.jsonl").read_text(encoding="utf-8").splitlines()]
     for number, row in enumerate(rows):
