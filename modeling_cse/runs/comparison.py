@@ -1,14 +1,13 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Is CSE worth it on a corpus? A dense and a CSE model on an extract of it, for one seed or several, and a page."""
 
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
+from transformers import AutoConfig, HfArgumentParser
 
 from .. import CONFIGURATION
 from .arguments import _flag, parse_arguments
@@ -83,20 +82,25 @@ class Comparison:
         own = {name: value for name, value in asdict(self.arguments).items() if name not in ("output", "seeds")}
         files = self.arguments.train + (self.arguments.validation or [])
         own["recipe"] = Path(own["recipe"]).read_text(encoding="utf-8") if Path(own["recipe"]).is_file() else None
+        config = (self._size()[0] / "config.json").read_text(encoding="utf-8")
         # the recipe may leave it to the machine, and seeds may come on another one
-        return {**own, "bf16": self._recipe()[3].bf16, "content": digest(files)}
+        return {**own, "bf16": self._recipe()[3].bf16, "content": digest(files), "config": config}
 
     def _size(self) -> tuple[Path, int, float]:
         """Configuration, size of the vocabulary, learning rate."""
-        if self.arguments.size in SIZES:
-            return CONFIGURATION / f"cse-gpt2-{self.arguments.size}", *SIZES[self.arguments.size]
-        path = Path(self.arguments.size) / "config.json"
-        if not path.is_file():
+        size = self.arguments.size
+        folder = CONFIGURATION / f"cse-gpt2-{size}" if size in SIZES else Path(size)
+        if not (folder / "config.json").is_file():
             raise ValueError(
-                f"size={self.arguments.size!r} is not allowed: it must be one of {list(SIZES)} or a folder with a "
-                "config.json."
+                f"size={size!r} is not allowed: it must be one of {list(SIZES)} or a folder with a config.json."
             )
-        return path.parent, json.loads(path.read_text(encoding="utf-8"))["vocab_size"], SIZES["1m"][1]
+        config, block_size = AutoConfig.from_pretrained(folder), self._recipe()[1].block_size
+        if config.max_position_embeddings < block_size:
+            raise ValueError(
+                f"size={size!r} is not allowed: it has {config.max_position_embeddings} positions, and must have at "
+                f"least those of a sequence, block_size={block_size} of the recipe."
+            )
+        return folder, *SIZES.get(size, (config.vocab_size, SIZES["1m"][1]))
 
     def _recipe(self) -> tuple:
         return parse_arguments([self.arguments.recipe, "--output_dir", str(self.folder)])

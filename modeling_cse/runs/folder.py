@@ -12,8 +12,8 @@ from ..data import FreshMasks
 from ..training.memory import replace_whole
 
 
-# What the first runs did not write down: one without it is gone on with as it is, and notes it then.
-NOTED_SINCE = {"data.content"}
+# What the first runs and comparisons did not write down: one without it is gone on with as it is, and notes it then.
+NOTED_SINCE = {"data.content", "config"}
 
 
 class JsonLinesCallback(TrainerCallback):

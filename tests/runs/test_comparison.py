@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from tiny import tiny_config
-from transformers import AutoConfig
+from transformers import AutoConfig, HfArgumentParser
 
 from modeling_cse.data import load_corpus
 from modeling_cse.runs import compare, comparison
 from modeling_cse.runs.extract import OTHER, make_extract
+from modeling_cse.runs.folder import check_folder, write_settings
 from modeling_cse.runs.measuring import read_measured
 
 
@@ -150,6 +151,30 @@ def test_what_is_done_is_not_done_again_and_more_seeds_may_come(with_domains, co
     assert losses[0].shape == losses[1].shape and not np.allclose(*losses)  # the same text, other models
     with pytest.raises(ValueError, match=r"other settings of \['steps'\]"):
         compare(arguments(corpus, output, domain_column="domain", steps=21))
+
+
+def test_another_model_in_the_same_folder_is_told(corpus, tmp_path):
+    """Its seeds would be averaged with those of the one before."""
+    config = tiny_config("gpt2", vocab_size=600)
+    config.save_pretrained(tmp_path / "model")
+    (asked,) = HfArgumentParser(comparison.ComparisonArguments).parse_args_into_dataclasses(
+        arguments(corpus, tmp_path / "run", size=tmp_path / "model")
+    )
+    settings = comparison.Comparison(asked)._settings()
+    write_settings(tmp_path / "run", settings)
+    config.n_embd *= 2
+    config.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"other settings of \['config'\]"):
+        comparison.Comparison(asked).run()
+    write_settings(tmp_path / "run", {name: value for name, value in settings.items() if name != "config"})
+    check_folder(tmp_path / "run", comparison.Comparison(asked)._settings(), resume=True)  # made before it was noted
+
+
+def test_a_model_too_short_for_the_recipe_is_refused_before_anything_is_written(corpus, tmp_path):
+    tiny_config("gpt2", vocab_size=600, n_positions=48).save_pretrained(tmp_path / "short")
+    with pytest.raises(ValueError, match="size=.*short' is not allowed: it has 48 positions, .* block_size=64"):
+        compare(arguments(corpus, tmp_path / "run", size=tmp_path / "short"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_domain_is_answered_too(corpus, tmp_path, monkeypatch):
