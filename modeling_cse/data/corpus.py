@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from .folders import digest_of, load_folders
+from .folders import digest_of, load_folders, undecodable
 
 
 PathLike = str | os.PathLike
@@ -92,12 +92,18 @@ def load_corpus(
         if validation_file is not None:
             splits["validation"] = _load_files("validation_file", validation_file, cache_dir, streaming)
 
-    splits = {name: _keep_text(split, name, text_column, domain_column) for name, split in splits.items()}
-    if "validation" not in splits:
-        if streaming:
-            splits = _split_stream(splits["train"], text_column, validation_split_percentage, seed)
-        else:
-            splits = _split_documents(splits["train"], domain_column, validation_split_percentage, seed)
+    try:
+        splits = {name: _keep_text(split, name, text_column, domain_column) for name, split in splits.items()}
+        if "validation" not in splits:
+            if streaming:
+                splits = _split_stream(splits["train"], text_column, validation_split_percentage, seed)
+            else:
+                splits = _split_documents(splits["train"], domain_column, validation_split_percentage, seed)
+    except UnicodeDecodeError as error:  # the builder of JSON does not look at its texts
+        for argument, files in (("train_file", train_file), ("validation_file", validation_file)):
+            if files is not None and (found := undecodable(_paths(files))):
+                raise ValueError(f"{argument}: {found}.") from error
+        raise
     splits["train"] = _limit(splits["train"], max_train_samples, seed)
     splits["validation"] = _limit(splits["validation"], max_eval_samples, seed)
     return IterableDatasetDict(splits) if streaming else DatasetDict(splits)
@@ -122,7 +128,7 @@ def _load_named(dataset_name: str, config_name: str | None, options: dict) -> di
 
 
 def _load_files(argument: str, files: Files, cache_dir: PathLike | None, streaming: bool) -> AnyDataset:
-    paths = [str(path) for path in ([files] if isinstance(files, (str, os.PathLike)) else files)]
+    paths = _paths(files)
     folders = [path for path in paths if Path(path).is_dir()]
     if folders:
         if folders != paths:
@@ -139,8 +145,14 @@ def _load_files(argument: str, files: Files, cache_dir: PathLike | None, streami
     except (DatasetGenerationError, StopIteration, ValueError) as error:
         # The builders fail in many ways on an empty or broken file; bad JSON and bad Parquet are ValueErrors too.
         cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):  # it holds all the text that was read with the bad byte
+            raise ValueError(f"{argument}: {undecodable(paths) or cause.reason}.") from error
         raise ValueError(f"{argument}={paths} holds no rows readable as {builder}: {cause!r}.") from error
     return dataset
+
+
+def _paths(files: Files) -> list[str]:
+    return [str(path) for path in ([files] if isinstance(files, (str, os.PathLike)) else files)]
 
 
 def _builder_of(argument: str, paths: list[str]) -> str:

@@ -1,6 +1,8 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Folders of plain text: a file is a document, and the folder it lies in may name its domain."""
 
+import codecs
+import gzip
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -36,6 +38,22 @@ def digest_of(files: Iterable[str | os.PathLike]) -> str:
             while chunk := handle.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def undecodable(files: Iterable[str]) -> str | None:
+    """The first of the files, .gz among them, that is no UTF-8 text, and where in it, in words; None if all are."""
+    for file in files:
+        decoder, read, chunk = codecs.getincrementaldecoder("utf-8")(), 0, b"-"
+        with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as handle:
+            while chunk:
+                begun = len(decoder.getstate()[0])  # bytes of a character that the last chunk ended within
+                chunk = handle.read(1 << 20)
+                try:
+                    decoder.decode(chunk, final=not chunk)
+                except UnicodeDecodeError as error:
+                    return f"{file!r} is no UTF-8 text: {error.reason} in position {read - begun + error.start}"
+                read += len(chunk)
+    return None
 
 
 def load_folders(argument: str, folders: list[str], cache_dir: str | os.PathLike | None, streaming: bool):

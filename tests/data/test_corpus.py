@@ -146,6 +146,20 @@ def test_unusable_content_is_named(tmp_path, load, content, name, arguments, mes
         load(train_file=path, streaming=streaming, **arguments)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.jsonl.gz", "a.txt.gz"])
+def test_text_that_is_no_utf8_is_named_with_its_place(tmp_path, load, name, streaming):
+    lines = ["text", *["some words"] * 9, "café"]
+    if ".jsonl" in name:
+        lines = [json.dumps({"text": line}, ensure_ascii=False) for line in lines]
+    content = "\n".join(lines).encode("latin-1")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    message = rf"train_file: .*{name}' is no UTF-8 text: .* in position {content.index(bytes([0xE9]))}\.$"
+    with pytest.raises(ValueError, match=message) as told:
+        load(train_file=tmp_path / name, streaming=streaming)
+    assert "some words" not in str(told.value), "it does not tell the text"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

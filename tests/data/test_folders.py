@@ -4,6 +4,7 @@
 import pytest
 
 from modeling_cse.data import load_corpus
+from modeling_cse.data.folders import undecodable
 from modeling_cse.runs.extract import digest
 
 
@@ -51,3 +52,15 @@ def test_what_cannot_be_read_is_named(folder, tmp_path):
     (folder / "d.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="d.txt' is no UTF-8 text"):
         load(folder, tmp_path)
+
+
+@pytest.mark.parametrize("before", [0, 5, (1 << 20) - 1, (1 << 20) + 3])
+def test_the_first_bad_byte_is_found_wherever_a_file_is_cut(tmp_path, before):
+    good, bad, short = (str(tmp_path / name) for name in ("good", "bad", "short"))
+    for path, end in ((good, "é".encode()), (bad, b"\xe9 x"), (short, b"\xc3")):
+        with open(path, "wb") as file:
+            file.write(b"a" * before + end)
+    assert undecodable([good]) is None
+    for path in (bad, short):
+        assert undecodable([good, path]).startswith(f"{path!r} is no UTF-8 text: ")
+        assert undecodable([good, path]).endswith(f" in position {before}")
