@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict,
 from datasets.exceptions import DatasetGenerationError
 
 from .folders import digest_of, load_folders, undecodable
+from .packing import check_domain
 
 
 PathLike = str | os.PathLike
@@ -72,7 +73,8 @@ def load_corpus(
 
     Raises:
         ValueError: no source or two; a file that is missing, of an unknown format, or unreadable; no "train" split;
-            no such column; a text column that holds no strings; no text at all; too few documents to split.
+            no such column; a text that is no string, a domain that is a list or mapping; no text at all; too few
+            documents to split.
     """
     _check_source(dataset_name, train_file, validation_file)
     if not 0 < validation_split_percentage < 100:
@@ -129,6 +131,9 @@ def _load_named(dataset_name: str, config_name: str | None, options: dict) -> di
 
 def _load_files(argument: str, files: Files, cache_dir: PathLike | None, streaming: bool) -> AnyDataset:
     paths = _paths(files)
+    for path in paths:
+        if not (Path(path).is_file() or Path(path).is_dir()):
+            raise ValueError(f"{argument}={path!r} is not an existing file or folder.")
     folders = [path for path in paths if Path(path).is_dir()]
     if folders:
         if folders != paths:
@@ -164,8 +169,6 @@ def _builder_of(argument: str, paths: list[str]) -> str:
         extension = "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
         if extension not in _EXTENSIONS:
             raise ValueError(f"{argument}={path!r} has the extension {extension!r}; allowed are {_EXTENSIONS}.")
-        if not Path(path).is_file():
-            raise ValueError(f"{argument}={path!r} is not an existing file.")
         extensions.add(extension.removesuffix(".gz"))
     builders = sorted({_BUILDERS[extension] for extension in extensions})
     if len(builders) > 1:
@@ -182,17 +185,19 @@ def _keep_text(dataset: AnyDataset, split: str, text_column: str, domain_column:
     for argument, column in (("text_column", text_column), ("domain_column", domain_column)):
         if column is not None and column not in columns:
             raise ValueError(f'{argument}={column!r} is not a column of the "{split}" split; it has {columns}.')
-    text = next((row[text_column] for row in peeked if row[text_column] is not None), None)
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"text_column={text_column!r} must hold strings; found {type(text).__name__} {text!r}.")
-
-    kept = dataset.filter(_has_text, input_columns=[text_column])
+    read = [text_column] if domain_column is None else [text_column, domain_column]
+    kept = dataset.filter(_has_text, input_columns=read, fn_kwargs={"columns": read})
     if next(iter(kept), None) is None:
         raise ValueError(f'the "{split}" split is empty: text_column={text_column!r} holds only blank text.')
     return kept
 
 
-def _has_text(text: str | None) -> bool:
+def _has_text(text: str | None, *domain: Any, columns: list[str]) -> bool:
+    """Every row comes by here: JSON may hold anything in any of them."""
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"text_column={columns[0]!r} must hold strings; found {type(text).__name__} {text!r}.")
+    for value in domain:
+        check_domain(columns[1], value)
     return text is not None and not (text == "" or text.isspace())
 
 

@@ -2,7 +2,7 @@
 """Blocks: the tokens of many documents put end to end and cut into pieces of one length."""
 
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.compute as pc
@@ -54,9 +54,9 @@ def pack(
         tokenizer; `domain`, a string, if `domain_column` is given.
 
     Raises:
-        ValueError: wrong `block_size`; no such column; a tokenizer without the tokens needed; a row without domain;
-            a dataset, or a domain of a `Dataset`, that does not fill one block. A stream raises the last two while
-            it is read, and the last one only if it does not fill any block.
+        ValueError: wrong `block_size`; no such column; a tokenizer without the tokens needed; a row whose domain is
+            missing, blank, a list or a mapping; a dataset, or a domain of a `Dataset`, that does not fill one block.
+            A stream raises the last two while it is read, and the last one only if it does not fill any block.
     """
     is_stream = isinstance(dataset, IterableDataset)
     if not is_stream and not isinstance(dataset, Dataset):
@@ -118,6 +118,25 @@ def split_by_domain(dataset: Dataset) -> dict[str, Dataset]:
     return {domain: blocks.select(np.flatnonzero(domains == domain)) for domain in names}
 
 
+def check_domain(column: str, value: Any) -> None:
+    """
+    Whether a value can name a domain, or is missing.
+
+    Raises:
+        ValueError: a list or a mapping.
+    """
+    if isinstance(value, (list, dict)):
+        raise ValueError(
+            f"domain_column={column!r} must hold strings, numbers or class labels; found {type(value).__name__} "
+            f"{value!r}."
+        )
+
+
+def is_missing(domain: Any) -> bool:
+    """Whether a row is without a domain: a blank name is none."""
+    return domain is None or (isinstance(domain, str) and not domain.strip())
+
+
 def check_domains(names: Collection[str]) -> None:
     """
     Whether results by domain can be told from those over all text.
@@ -158,7 +177,8 @@ class _Encoder:
         return {"input_ids": self._encode([texts[row] for row in kept]), DOMAIN_COLUMN: domains}
 
     def name_of(self, value: Any) -> str:
-        if value is None:
+        check_domain(cast(str, self.domain_column), value)
+        if is_missing(value):
             raise ValueError(f"domain_column={self.domain_column!r} has rows without a value; every row needs one.")
         return self.class_names[value] if self.class_names is not None else str(value)
 

@@ -183,7 +183,7 @@ class Pretraining:
             self.training = self.training.remove_columns("domain")
         validation = corpus["validation"]
         if isinstance(validation, IterableDataset):  # it is read many times, and by domain
-            validation = Dataset.from_list(list(validation))
+            validation = Dataset.from_list(list(validation), features=validation.features)  # with names of domains
         self.validation = split_by_domain(self._label(self._pack(validation, False), training))
         if not self.family.causal:
             self.validation = {

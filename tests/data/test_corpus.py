@@ -166,9 +166,9 @@ def test_text_that_is_no_utf8_is_named_with_its_place(tmp_path, load, name, stre
         ({}, "dataset_name=None and train_file=None"),
         ({"validation_file": "v.txt"}, "validation_file='v.txt' alone is not enough"),
         ({"dataset_name": "name", "train_file": "a.txt"}, "cannot be combined with train_file='a.txt'"),
-        ({"train_file": "a.docx"}, r"train_file='a.docx' has the extension '.docx'; allowed are \['.txt'"),
-        ({"train_file": "a.parquet.gz"}, "has the extension '.parquet.gz'"),
         ({"train_file": "absent.txt"}, "train_file='absent.txt' is not an existing file"),
+        ({"train_file": "my_texst"}, "train_file='my_texst' is not an existing file or folder"),
+        ({"train_file": [str(SAMPLE), "my_texst"]}, "train_file='my_texst' is not an existing file or folder"),
         ({"train_file": []}, r"train_file=\[\] names no file"),
         ({"train_file": "a.txt", "validation_split_percentage": 0}, "validation_split_percentage=0 must lie between"),
         ({"train_file": "a.txt", "max_train_samples": 0}, "max_train_samples=0 must be at least 1"),
@@ -180,10 +180,32 @@ def test_wrong_arguments_are_named(load, arguments, message):
         load(**arguments)
 
 
+@pytest.mark.parametrize("name", ["a.docx", "a.parquet.gz", "a"])
+def test_an_unknown_format_is_named(tmp_path, load, name):
+    path = write_jsonl(tmp_path / name, ROWS)
+    with pytest.raises(ValueError, match=rf"{name}' has the extension '{name[1:]}'; allowed are \['.txt'"):
+        load(train_file=path)
+
+
 def test_formats_cannot_be_mixed(tmp_path, load):
     paths = [write_jsonl(tmp_path / name, ROWS) for name in ("a.jsonl", "b.txt")]
     with pytest.raises(ValueError, match=r"mixes the formats \['json', 'text'\]"):
         load(train_file=paths)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": 5, "domain": "law"}, "text_column='text' must hold strings; found int 5"),
+        ({"text": "a", "domain": ["law"]}, r"domain_column='domain' must hold strings, .*; found list \['law'\]"),
+    ],
+)
+def test_unusable_rows_are_named_wherever_they_stand(tmp_path, load, row, message, streaming):
+    for rows in ([row], [*ROWS, *ROWS, row]):
+        path = write_jsonl(tmp_path / "a.jsonl", rows)
+        with pytest.raises(ValueError, match=message):
+            as_texts(load(train_file=path, validation_file=path, domain_column="domain", streaming=streaming))
 
 
 def test_dataset_without_train_split_is_named(tmp_path, load):

@@ -259,9 +259,13 @@ def test_wrong_dataset_is_named(tokenizers):
             pack(data, tokenizer, block_size=16, domain_column="field")
     with pytest.raises(ValueError, match="dataset is a DatasetDict; it must be one split"):
         pack(DatasetDict(train=dataset), tokenizer, block_size=16)
-    missing = Dataset.from_list([*ROWS, {"text": "a", "domain": None}])
-    with pytest.raises(ValueError, match="domain_column='domain' has rows without a value"):
-        pack(missing, tokenizer, block_size=16, domain_column="domain")
+    for name in (None, "", " "):
+        missing = Dataset.from_list([*ROWS, {"text": "a", "domain": name}])
+        with pytest.raises(ValueError, match="domain_column='domain' has rows without a value"):
+            pack(missing, tokenizer, block_size=16, domain_column="domain")
+    lists = Dataset.from_list([row | {"domain": [row["domain"]]} for row in ROWS])
+    with pytest.raises(ValueError, match=r"domain_column='domain' must hold strings, .*; found list \['"):
+        pack(lists, tokenizer, block_size=16, domain_column="domain")
 
 
 def test_tokenizer_without_end_of_text_is_named(tokenizers, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset
 from safetensors.torch import load_file
 from small_run import ROOT, SHORT, flags, metrics
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
@@ -308,6 +309,17 @@ def test_changed_text_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"other settings of \['data.content'\]"):
         check_folder(tmp_path / "run", settings(), resume=True)
     assert settings(streaming=True)["data.content"] is None
+
+
+def test_streams_keep_the_names_of_class_labels(tmp_path):
+    names = ClassLabel(names=["law", "news"])
+    rows = Dataset.from_list([{"text": "word " * 60, "domain": row % 2} for row in range(16)])
+    rows.cast_column("domain", names).to_parquet(tmp_path / "a.parquet")
+    files = {"train_file": tmp_path / "a.parquet", "validation_file": tmp_path / "a.parquet", "streaming": True}
+    changes = {**SHORT, **files, "tokenizer_vocab_size": 300, "max_eval_samples": None}
+    run = Pretraining(GPT2, *parse_arguments(flags(tmp_path / "run", **changes)))
+    run._load_data()
+    assert list(run.validation) == ["law", "news"] and next(iter(run.training))["domain"] in names.names
 
 
 def test_random_routes_have_the_sizes_they_were_given(tmp_path):
