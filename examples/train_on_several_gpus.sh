@@ -10,15 +10,16 @@
 # by rounding alone (docs/distributed.md).
 set -euo pipefail
 
-here="$(dirname "${BASH_SOURCE[0]}")/.."
-cd "$here"
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 config="${ACCELERATE:-ddp_gpu}"
 arguments=("$@")
 processes="${PROCESSES:-}" # default: one a GPU
 if [[ "${1:-}" == "--smoke" ]]; then
     config=ddp_cpu
     processes=2
-    arguments=(configuration/recipes/quickstart.yaml --smoke --use_cpu --output_dir runs/two_processes "${@:2}")
+    arguments=("$here/configuration/recipes/quickstart.yaml" --smoke --use_cpu --output_dir runs/two_processes
+        --train_file "$here/examples/data/train.jsonl.gz"
+        --validation_file "$here/examples/data/validation.jsonl.gz" "${@:2}")
 fi
-exec "${PYTHON:-python}" -m accelerate.commands.launch --config_file "configuration/accelerate/$config.yaml" \
-    --num_processes "${processes:-$(nvidia-smi --list-gpus | wc -l)}" examples/run_clm.py "${arguments[@]}"
+exec "${PYTHON:-python}" -m accelerate.commands.launch --config_file "$here/configuration/accelerate/$config.yaml" \
+    --num_processes "${processes:-$(nvidia-smi --list-gpus | wc -l)}" "$here/examples/run_clm.py" "${arguments[@]}"

@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from .. import CSEBertConfig, CSEBertForMaskedLM, CSEGPT2Config, CSEGPT2ForCausalLM
+from .. import CONFIGURATION, CSEBertConfig, CSEBertForMaskedLM, CSEGPT2Config, CSEGPT2ForCausalLM
 from ..data import (
     FreshMasks,
     end_token_id,
@@ -253,7 +253,7 @@ class Pretraining:
 
     def _config(self) -> PreTrainedConfig:
         model = self.model_arguments
-        source = model.model_name_or_path or model.config_name
+        source = model.model_name_or_path or _shipped_here(model.config_name)
         flags = {
             field.name: getattr(model, field.name)
             for field in fields(model)
@@ -377,6 +377,14 @@ class Pretraining:
             check_checkpoint(asked, clusters)
             return asked
         return last_complete_checkpoint(folder, clusters)
+
+
+def _shipped_here(config_name: str | None) -> str | None:
+    """Recipes name the shipped configurations from the root of the repository; they may be called from elsewhere."""
+    if config_name is None or Path(config_name).is_dir():
+        return config_name
+    shipped = CONFIGURATION.parent / config_name
+    return str(shipped) if (shipped / "config.json").is_file() else config_name
 
 
 def pretrain(family: Family, argv: list[str] | None = None) -> dict[str, Any]:

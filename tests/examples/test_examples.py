@@ -92,6 +92,18 @@ def test_a_dense_model_is_measured_and_writes_without_a_word_of_experts(tmp_path
     assert "law " in printed and "other " in printed and "\nthe" in printed and "experts" not in printed
 
 
+def test_several_processes_start_in_the_folder_of_the_call(tmp_path):
+    """Paths of one's own are relative to it; those of the repository are absolute."""
+    environment = {**os.environ, "PYTHON": "echo", "PROCESSES": "3"}
+    for arguments in (["my.yaml", "--train_file", "texts"], ["--smoke"]):
+        command = ["bash", os.path.relpath(ROOT / "examples" / "train_on_several_gpus.sh", tmp_path), *arguments]
+        said = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True)
+        paths = [part for part in said.split() if part.startswith("/")]
+        assert str(ROOT / "examples" / "run_clm.py") in paths and all(Path(path).is_file() for path in paths)
+        assert not re.search(r" (configuration|examples)/", said)
+        assert len(paths) == (5 if arguments == ["--smoke"] else 2)
+
+
 @pytest.mark.slow
 def test_several_processes_start_from_the_command_in_the_script(checkout):
     environment = {**os.environ, "PYTHONPATH": str(checkout), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}

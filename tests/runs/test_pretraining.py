@@ -109,6 +109,18 @@ def test_a_trained_model_keeps_its_texts_unless_a_flag_says_otherwise(tmp_path, 
     assert run._config().cse_separator_token_id == expected
 
 
+def test_recipes_find_their_configuration_from_any_folder(tmp_path, gpt2_run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [str(ROOT / "configuration" / "recipes" / "quickstart.yaml"), "--output_dir", str(tmp_path / "run")]
+    run = Pretraining(GPT2, *parse_arguments(argv))
+    run.tokenizer = AutoTokenizer.from_pretrained(gpt2_run[0] / "cse")
+    shipped = AutoConfig.from_pretrained(ROOT / "configuration" / "cse-gpt2-1m")
+    assert run._config().n_embd == shipped.n_embd
+    shipped.n_embd *= 2
+    shipped.save_pretrained(tmp_path / "configuration" / "cse-gpt2-1m")  # a folder of one's own goes before it
+    assert run._config().n_embd == shipped.n_embd
+
+
 def test_a_finished_run_is_not_trained_again(gpt2_run):
     folder, report = gpt2_run
     before = (folder / "cse" / "model.safetensors").stat().st_mtime_ns
