@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
+
+from .recipes import read_recipe
 
 
 logger = logging.get_logger(__name__)
@@ -128,7 +129,7 @@ class ClusterArguments:
     common_by: str | None = _flag(
         None, "size: the largest are common; separation: the least separated. Default: separation for text, else size."
     )
-    projection: str = _flag("auto", "Dimensions of a random projection before clustering, none, or auto.")
+    projection: str | None = _flag("auto", "Dimensions of a random projection before clustering, none, or auto.")
     min_cluster_share: float | None = _flag(None, "Smallest share that dbscan and hdbscan call a cluster.")
     sample_size: int = _flag(2048, "Sequences kept for a fit.")
     patience: int = _flag(3, "Fits a cluster may be absent or common before it loses its expert.")
@@ -208,12 +209,14 @@ def parse_arguments(
     `--smoke` makes eight steps of it on little text, in a folder of its own: that of the run with `_smoke` behind it.
 
     Raises:
-        ValueError: the recipe does not exist, is no mapping, or names a setting that there is not.
+        ValueError: the recipe does not exist, is no mapping, names a setting that there is not, or gives one a value
+            of a type that it does not take.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser((ModelArguments, DataArguments, ClusterArguments, TrainingArguments))
+    kinds = (ModelArguments, DataArguments, ClusterArguments, TrainingArguments)
+    parser = HfArgumentParser(kinds)
     if argv and argv[0].endswith((".yaml", ".yml")):
-        recipe = _read_recipe(Path(argv.pop(0)), {action.dest for action in parser._actions})
+        recipe = read_recipe(Path(argv.pop(0)), kinds)
         given, _ = parser.parse_known_args(argv)
         for name, replaced in REPLACED.items():
             if getattr(given, name) is not None:
@@ -246,19 +249,3 @@ def has_bf16(use_cpu: bool) -> bool:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one: ARM's
-
-
-def _read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"the recipe {str(path)!r} does not exist.")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"the recipe {str(path)!r} cannot be read: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"the recipe {str(path)!r} is not allowed: it must be a mapping of settings to values.")
-    unknown = sorted(set(recipe) - known)
-    if unknown:
-        raise ValueError(f"the recipe {str(path)!r} has unknown settings {unknown}: see the script's --help.")
-    # YAML reads 1e-3 as text; argparse converts text defaults and leaves the others as they are
-    return recipe

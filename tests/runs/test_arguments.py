@@ -119,6 +119,42 @@ def test_wrong_recipes_are_refused(tmp_path, text, complaint):
         parse_arguments([path])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_steps: 4.0",
+        "max_steps: null",
+        "max_steps: many",
+        "max_steps: true",
+        "max_steps: [4]",
+        "learning_rate: fast",
+        "block_size: {a: 1}",
+        "use_cpu: 1",
+        "prompt: 5",
+        "output_dir: 2026-01-01",
+        "eval_strategy: no",
+        "train_file: [1]",
+        "num_clusters: [2, 8.5]",
+        "cse_layers: [1.5]",
+        "warmup: true",
+        "help: true",
+        "smoke: true",
+    ],
+)
+def test_values_of_another_type_are_refused_by_name(tmp_path, text):
+    name = text.split(":")[0]
+    with pytest.raises(ValueError, match=f"{name}=.* is not allowed in the recipe|unknown settings .*'{name}'"):
+        parse_arguments([recipe(tmp_path, text + "\n")])
+
+
+def test_values_that_can_be_read_are_taken(tmp_path):
+    text = "max_steps: '4'\nlearning_rate: 1\neval_strategy: 'no'\ntoken: null\ncse_layers: [1, -1]\n"
+    text += "lr_scheduler_kwargs: {a: 1}\ntrain_file: one.txt\nreport_to: none\nlogging_steps: 5\nuse_cpu: true\n"
+    model, data, _, training = parse_arguments([recipe(tmp_path, text)])
+    assert (training.max_steps, training.learning_rate, training.logging_steps) == (4, 1, 5)
+    assert (model.cse_layers, data.train_file, training.lr_scheduler_kwargs) == ([1, -1], "one.txt", {"a": 1})
+
+
 @pytest.mark.parametrize("given, meant", [("200", 200), ("0.1", 0.1), (7, 7), (0.25, 0.25)])
 def test_warmup_is_steps_or_a_share(given, meant):
     result = steps_or_share(given)
