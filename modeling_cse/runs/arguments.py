@@ -104,6 +104,7 @@ class DataArguments:
     block_size: int = _flag(256, "Tokens of a training sequence.", aliases=["--max_seq_length"])
     mlm_probability: float = _flag(0.15, "Share of the tokens to predict (masked language models).")
     preprocessing_num_workers: int | None = _flag(None, "Processes that tokenise.")
+    smoke: bool | None = field(default=None, init=False)  # of `--smoke`, which is no setting of a recipe
 
 
 @dataclass
@@ -232,6 +233,7 @@ def parse_arguments(
     training = groups[-1]
     if rest.smoke:
         training.output_dir += "_smoke"
+        groups[1].smoke = True
     if training.bf16 and not has_bf16(training.use_cpu):
         logger.warning("bf16=True: this machine has no instructions for bf16, fp32 (bf16=False) is many times faster.")
     return tuple(groups)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -44,6 +44,7 @@ from .checks import check_arguments, check_best_metric, check_twin
 from .extract import digest
 from .folder import EpochCallback, JsonLinesCallback, check_folder, note_interruption, write_settings
 from .report import report_run
+from .smoke import little_text
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,9 @@ class Pretraining:
 
     # ---- data ----------------------------------------------------------------------------------------------------
 
-    def _load_data(self) -> None:
+    def _load_corpus(self) -> DatasetDict | IterableDatasetDict:
         data = self.data_arguments
+        few = bool(data.smoke) and not data.streaming
         corpus = load_corpus(
             dataset_name=data.dataset_name,
             dataset_config_name=data.dataset_config_name,
@@ -167,13 +169,19 @@ class Pretraining:
             text_column=data.text_column,
             domain_column=data.domain_column,
             streaming=data.streaming,
-            max_train_samples=data.max_train_samples,
-            max_eval_samples=data.max_eval_samples,
+            max_train_samples=None if few else data.max_train_samples,
+            max_eval_samples=None if few else data.max_eval_samples,
             cache_dir=self.model_arguments.cache_dir,
             token=self.model_arguments.token,
             trust_remote_code=self.model_arguments.trust_remote_code,
             seed=self.args.seed,
         )
+        if not few:
+            return corpus
+        return little_text(corpus, data, self.args.max_steps * self.args.per_device_train_batch_size, self.args.seed)
+
+    def _load_data(self) -> None:
+        data, corpus = self.data_arguments, self._load_corpus()
         self.tokenizer = self._load_tokenizer(corpus["train"])
         training = self._pack(corpus["train"], data.streaming)
         self.training = self._label(training, training)
