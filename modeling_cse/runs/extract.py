@@ -158,7 +158,7 @@ def _part(documents: Dataset, text_column: str, tokens: int) -> Dataset:
 
 def _documents(documents: Dataset, text_column: str, domain_column: str | None) -> list[tuple[str, str]]:
     domains = documents[domain_column][:] if domain_column else [""] * len(documents)
-    if any(map(is_missing, domains)):
+    if domain_column is not None and any(map(is_missing, domains)):
         raise ValueError(f"domain_column={domain_column!r} has rows without a value; every row needs one.")
     return list(zip(documents[text_column][:], map(str, domains), strict=True))
 

@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from .. import CONFIGURATION, CSEBertConfig, CSEBertForMaskedLM, CSEGPT2Config, CSEGPT2ForCausalLM
+from .. import CSEBertConfig, CSEBertForMaskedLM, CSEGPT2Config, CSEGPT2ForCausalLM
 from ..data import (
     FreshMasks,
     end_token_id,
@@ -43,6 +43,7 @@ from .arguments import ClusterArguments, DataArguments, ModelArguments, parse_ar
 from .checks import check_arguments, check_best_metric, check_twin
 from .extract import digest
 from .folder import EpochCallback, JsonLinesCallback, check_folder, note_interruption, write_settings
+from .recipes import find_config
 from .report import report_run
 from .smoke import little_text
 
@@ -261,7 +262,7 @@ class Pretraining:
 
     def _config(self) -> PreTrainedConfig:
         model = self.model_arguments
-        source = model.model_name_or_path or _shipped_here(model.config_name)
+        source = model.model_name_or_path or find_config(model.config_name)
         flags = {
             field.name: getattr(model, field.name)
             for field in fields(model)
@@ -385,14 +386,6 @@ class Pretraining:
             check_checkpoint(asked, clusters)
             return asked
         return last_complete_checkpoint(folder, clusters)
-
-
-def _shipped_here(config_name: str | None) -> str | None:
-    """Recipes name the shipped configurations from the root of the repository; they may be called from elsewhere."""
-    if config_name is None or Path(config_name).is_dir():
-        return config_name
-    shipped = CONFIGURATION.parent / config_name
-    return str(shipped) if (shipped / "config.json").is_file() else config_name
 
 
 def pretrain(family: Family, argv: list[str] | None = None) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from .. import CONFIGURATION
+
 
 # Flags that are text because a word may stand in place of a number.
 NUMBERS: dict[str, set[type]] = {
@@ -54,6 +56,14 @@ def read_recipe(path: Path, groups: Sequence[type]) -> dict[str, Any]:
                 f"{name}={value!r} is not allowed in the recipe {str(path)!r}: it must be {words}.{hint}"
             )
     return recipe
+
+
+def find_config(config_name: str | None) -> str | None:
+    """Recipes name the shipped configurations from the root of the repository; they may be called from elsewhere."""
+    if config_name is None or Path(config_name).is_dir():
+        return config_name
+    shipped = CONFIGURATION.parent / config_name
+    return str(shipped) if (shipped / "config.json").is_file() else config_name
 
 
 def _kinds(hint: Any) -> set[type]:
