@@ -49,8 +49,8 @@ DEFAULTED = {
     "cse_max_clusters": "max_clusters",
     "cse_gate": "gate",
 }
-# Ends of the names of saved classes, the Hub's task, and the Auto class that loads them. `LANGUAGE_TASKS` are those
-# whose loss is that of tokens alone, or that answer with tokens.
+# Ends of the names of saved classes, the Hub's task, and the Auto class that loads them. `LANGUAGE_TASKS` answer with
+# tokens.
 HEADS = {
     "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
     "LMHeadModel": ("text-generation", "AutoModelForCausalLM"),
