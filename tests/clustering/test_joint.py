@@ -113,10 +113,12 @@ def test_labels_with_gaps_or_none_are_refused(labels):
 def test_every_text_of_a_cluster_may_be_held_out():
     """It is fitted on them nevertheless."""
     ids, _ = texts((1,), count=10)
-    other = np.where(ids >= 0, ids + 20, -1)
+    other = np.where(ids >= 0, ids + 45, -1)
     ids[4], ids[9] = other[4], other[9]
-    found = fit(ids, num_clusters=2, common_share=0.0)
-    assert found.evidence.of_texts(ids).tolist() == found.labels.tolist() and found.labels[4] == found.labels[9]
+    labels = np.array([0, 0, 0, 0, 1, 0, 0, 0, 0, 1])
+    assert held_out(len(ids), ids).tolist() == labels.astype(bool).tolist()
+    found = fit(ids, given=labels, algorithm="given", num_clusters=None, common_share=0.0)
+    assert found.evidence.of_texts(ids).tolist() == found.labels.tolist() == labels.tolist()
     assert np.isfinite(found.evidence.table).all()
 
 
