@@ -46,7 +46,7 @@ class SequenceScope(NamedTuple):
                     "tokens: pass input_ids."
                 )
             behind = input_ids[:, :-1] == separator
-            if mask is not None and mask.shape[-1] == input_ids.shape[-1]:
+            if mask is not None and _fits(mask, input_ids):
                 behind = behind & mask[:, :-1]  # what fills up a row may be the same token
             begins = behind if begins is None else begins | behind
         return cls(mask, None if begins is None else F.pad(begins.long().cumsum(-1), (1, 0)))
@@ -58,18 +58,24 @@ def _begins_again(position_ids: torch.Tensor, mask: torch.Tensor | None) -> torc
 
     Args:
         position_ids: (T,), which stock models take too, or (B, T).
-        mask: (B, T); one of another length is refused by whoever reads it.
+        mask: (B, T) or (1, T); one of another shape is refused by whoever reads it.
 
     Returns:
         (T - 1,) or (B, T - 1) bool, of all tokens but the first.
     """
-    if mask is None or mask.shape[-1] != position_ids.shape[-1]:
+    if mask is None or not _fits(mask, position_ids):
         return position_ids[..., 1:] != position_ids[..., :-1] + 1
     position_ids, mask = torch.broadcast_tensors(position_ids, mask)
     places = torch.arange(mask.shape[-1], device=mask.device)
     before = torch.where(mask, places, -1).cummax(-1).values[..., :-1]  # the last token of the text up to each
     follows = position_ids[..., 1:] == position_ids.gather(-1, before.clamp_min(0)) + 1
     return mask[..., 1:] & (before >= 0) & ~follows
+
+
+def _fits(mask: torch.Tensor, indices: torch.Tensor) -> bool:
+    """Whether a mask (B, T) can stand beside indices (T,) or (B, T); either may have one row for all."""
+    rows = len(indices) if indices.dim() > 1 else 1
+    return mask.shape[-1] == indices.shape[-1] and (rows == len(mask) or 1 in (rows, len(mask)))
 
 
 def sequence_means(states: torch.Tensor, scope: SequenceScope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

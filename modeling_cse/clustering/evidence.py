@@ -55,16 +55,19 @@ class Evidence:
         fitted = ~held & (labels >= 0)
         counts, of_counts = count_tokens(ids[fitted], vocab_size), labels[fitted]
         unseen = np.asarray(counts.sum(axis=0))[0] == 0
+
+        def table_of(smoothing: float) -> np.ndarray:
+            table = log_ratios(counts, of_counts, len(shares), smoothing)
+            table[unseen] = 0.0
+            return table
+
         held = held & (labels >= 0)
         if not held.any():
-            table = log_ratios(counts, of_counts, len(shares), SMOOTHINGS[0])
-            table[unseen] = 0.0
-            return cls(table, shares)
+            return cls(table_of(SMOOTHINGS[0]), shares)
         best: Evidence | None = None
         likeliest = -np.inf
         for smoothing in SMOOTHINGS:
-            whole = cls(log_ratios(counts, of_counts, len(shares), smoothing), shares, smoothing)
-            whole.table[unseen] = 0.0
+            whole = cls(table_of(smoothing), shares, smoothing)
             sums = whole.sums(ids[held])
             for temper in TEMPERS:
                 likelihood = _log_likelihood(temper * sums + np.log(shares), ids[held], labels[held])

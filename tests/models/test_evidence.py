@@ -330,6 +330,10 @@ def test_embeddings_alone_are_refused(family, head):
 def test_a_mask_that_does_not_fit_is_refused(shape):
     with pytest.raises(ValueError, match=r"attention_mask of shape .* it must be \(4, 16\)"):
         evidence_model().base_model.read_clusters(token_ids(), torch.ones(shape, dtype=torch.long))
+    places = torch.arange(16).expand(4, -1)
+    with pytest.raises(ValueError, match=r"attention_mask of shape .* it must be \(4, 16\)"):
+        model = evidence_model(cse_separator_token_id=3)
+        model.base_model.read_clusters(token_ids(), torch.ones(shape, dtype=torch.long), places)
 
 
 def test_only_evidence_reads_clusters():
