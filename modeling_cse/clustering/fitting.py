@@ -11,6 +11,7 @@ import torch
 from ..dispatch_cse import RoutedModule, Site
 from ..routing_cse import ClusterRouter, RoutingContext
 from .algorithms import Clustering, check_finite, find_clusters, labelled_clusters
+from .copies import first_copies
 from .discriminant import Discriminant, agreement
 from .features import RoutingFeatures
 from .joint import JointFit
@@ -102,9 +103,9 @@ def fit_layer(
             patience=settings.patience,
         )
     labels = clustering.labels
-    held = held_out(len(features), features.ids.numpy() if features.ids.shape[1] else None)
+    held = held_out(len(features)) if joint is None else joint.held
     # a cluster of which every member is held out would have no token to be fitted on
-    held &= np.isin(labels, labels[~held])
+    held = held & np.isin(labels, labels[~held])
     # sequences of no cluster (labels that are given) teach nothing
     fitted, held = ~held & (labels >= 0), held & (labels >= 0)
     tokens = features.tokens.numpy()
@@ -136,12 +137,9 @@ def fit_layer(
 
 def held_out(sequences: int, ids: np.ndarray | None = None) -> np.ndarray:
     """Which sequences of a sample are measured on and not fitted on, (N,) bool. Where their ids (N, L) are told, what
-    a sample has twice (from two epochs, or read ahead and then by training) lies on one side."""
+    a sample has twice (from two epochs, or read ahead and then by training) lies on one side (`first_copies`)."""
     held = np.arange(sequences) % HELD_OUT == HELD_OUT - 1
-    if ids is None:
-        return held
-    _, firsts, places = np.unique(ids, axis=0, return_index=True, return_inverse=True)
-    return held[firsts][places.reshape(-1)]
+    return held if ids is None else held[first_copies(ids)]
 
 
 def _check_range(features: RoutingFeatures, state: dict[str, torch.Tensor]) -> None:
@@ -204,9 +202,7 @@ def _routing_metrics(router: ClusterRouter, fit: LayerFit, features: RoutingFeat
 def evidence_agreement(joint: JointFit, ids: np.ndarray, causal: bool = True) -> dict[str, float]:
     """How often the tokens read so far tell the cluster of their text, over held-out texts and by position; all of its
     tokens where a model is not `causal`."""
-    held, labels = held_out(len(ids), ids), joint.labels
-    # as the fit has it: a cluster of which every text is held out was fitted on them
-    held &= np.isin(labels, labels[~held]) & (labels >= 0)
+    held, labels = joint.held & (joint.labels >= 0), joint.labels
     if not held.any():
         return {}
     found = joint.evidence.clusters(ids[held]) if causal else joint.evidence.of_texts(ids[held])[:, None]

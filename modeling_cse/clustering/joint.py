@@ -29,6 +29,7 @@ class JointFit:
         clustering: in the space of the texts.
         ownership: its `identities` are clusters known by their evidence, see `fit_texts`.
         evidence: of the clusters.
+        held (N,) bool: texts that it was measured on and not fitted on.
         metrics: by name.
     """
 
@@ -37,6 +38,7 @@ class JointFit:
     clustering: Clustering
     ownership: Ownership
     evidence: Evidence
+    held: np.ndarray
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -93,7 +95,7 @@ def fit_texts(
     )
     then = np.append(identities.experts, -1)[before]
     ownership.parents = parents_of(ownership, labels, then, lengths)
-    fit = JointFit(labels, shares, clustering, ownership, evidence)
+    fit = JointFit(labels, shares, clustering, ownership, evidence, held)
     fit.metrics = {
         "inherited": len(ownership.parents),
         "text_clarity": clustering.clarity,

@@ -58,7 +58,7 @@ def test_texts_that_were_held_out_are_told():
 
 def test_agreement_is_of_the_routes_that_a_model_reads():
     evidence, ids, domains, held = fitted(own=0.2)
-    joint = SimpleNamespace(evidence=evidence, labels=domains)
+    joint = SimpleNamespace(evidence=evidence, labels=domains, held=held)
     prefixes, whole = (evidence_agreement(joint, ids, causal) for causal in (True, False))
     inside = ids[held] >= 0
     right = np.broadcast_to((evidence.of_texts(ids[held]) == domains[held])[:, None], inside.shape)

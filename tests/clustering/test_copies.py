@@ -1,0 +1,64 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Promises about copies in a sample: a text under another mask is the same text, one that begins alike is not."""
+
+import numpy as np
+import pytest
+
+from modeling_cse.clustering import held_out
+from modeling_cse.clustering.copies import first_copies
+
+
+MASK = 3
+
+
+def masked(ids: np.ndarray, seed: int) -> np.ndarray:
+    """As `DataCollatorForLanguageModeling` does it: of 15 % of the tokens 80 % are masks and 10 % are others."""
+    generator = np.random.default_rng(seed)
+    draws = generator.random(ids.shape)
+    other = np.where(draws < 0.135, generator.integers(5, 500, ids.shape), ids)
+    return np.where(ids < 0, ids, np.where(draws < 0.12, MASK, other)).astype(np.int32)
+
+
+def texts(count: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(5, 500, (count, length)).astype(np.int32)
+
+
+@pytest.mark.parametrize("length", [32, 63, 256])
+def test_a_text_under_three_masks_is_one_text(length):
+    plain = texts(40, length)
+    plain[7, length // 2 :] = -1
+    sample = np.concatenate([masked(plain, seed) for seed in (1, 2, 3)])
+    np.testing.assert_array_equal(first_copies(sample), np.tile(np.arange(40), 3))
+
+
+def test_texts_without_masks_are_copies_where_they_are_equal():
+    plain = texts(30, 3)
+    sample = np.concatenate([plain, plain[::-1]])
+    np.testing.assert_array_equal(first_copies(sample), np.append(np.arange(30), np.arange(30)[::-1]))
+
+
+def test_texts_that_begin_alike_or_elsewhere_are_not_copies():
+    plain = texts(20, 64)
+    plain[:, :28] = plain[0, :28]  # the head of a form
+    moved = np.roll(texts(20, 64, 1), 4, axis=1)
+    sample = np.concatenate([plain, texts(20, 64, 1), moved])
+    np.testing.assert_array_equal(first_copies(sample), np.arange(60))
+
+
+def test_the_length_counts():
+    """The first quarter of a text is another text."""
+    plain = texts(2, 64)
+    plain[1] = np.where(np.arange(64) < 16, plain[0], -1)
+    np.testing.assert_array_equal(first_copies(plain), [0, 1])
+
+
+def test_texts_without_a_token_are_one():
+    np.testing.assert_array_equal(first_copies(np.full((3, 4), -1, np.int32)), [0, 0, 0])
+
+
+def test_copies_under_masks_are_held_out_together():
+    plain = texts(50, 64)
+    sample = np.concatenate([masked(plain, 1), np.roll(masked(plain, 2), 1, axis=0)])
+    held = held_out(len(sample), sample)
+    np.testing.assert_array_equal(held[:50], held_out(50))
+    np.testing.assert_array_equal(held[50:], np.roll(held[:50], 1))
