@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import read_rows
+from corpus import TEN_FOLDS, read_rows
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_cse.evaluation import Accuracy, MacroF1, MatthewsCorrelation
@@ -43,7 +43,8 @@ class Task:
         domain: that of its texts; "general" for those that are not of the long tail.
         metric: the one that the penalty or learning rate is chosen by. Accuracy is always measured.
         questions: whether rows have choices.
-        ten_folds: whether it is cross-validated on `all_10fold.jsonl.gz`, for a test split of a few rows.
+        ten_folds: whether it is cross-validated on `all_10fold.jsonl.gz`, for a test split of a few rows
+            (`corpus.TEN_FOLDS`, which keeps all of them out of the training text).
     """
 
     domain: str
@@ -58,7 +59,7 @@ TASKS = {
     "casehold": Task("legal", questions=True),
     "casehold_style_nm": Task("legal", questions=True),
     "gad": Task("medical"),
-    "euadr": Task("medical", ten_folds=True),
+    "euadr": Task("medical", ten_folds="euadr" in TEN_FOLDS),
     "chemprot": Task("medical"),
     "pubmedqa_roles": Task("medical", "macro_f1"),
     "citation_intent": Task("academic", "macro_f1"),
@@ -99,6 +100,7 @@ class Settings:
     grid: tuple[float, ...] = GRID
     learning_rates: tuple[float, ...] = FineTuning().learning_rates
     epochs: int = FineTuning().epochs
+    without_copies: bool = True
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,15 @@ class Rows:
     folds: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(repr=False)
 
     @classmethod
-    def load(cls, folder: Path, task: Task, limits: Sequence[int], seed: int) -> "Rows":
+    def load(
+        cls, folder: Path, task: Task, limits: Sequence[int], seed: int, without_copies: bool = True
+    ) -> "Rows":
         """
         Reads a task, and of each split at most so many rows. With `ten_folds` all rows are read, and every fold is the
         test once, the next one validation, and the other eight train.
+
+        Args:
+            without_copies: leave out of each split the rows that those after it have too. Ten folds have no such rows.
 
         Raises:
             ValueError: a file is not there.
@@ -142,6 +149,7 @@ class Rows:
         else:
             generator = np.random.default_rng(seed)
             kept = [np.sort(generator.permutation(len(p))[:n]) for p, n in zip(parts, limits, strict=True)]
+            kept = _without_copies(parts, kept) if without_copies else kept
             rows = [part[i] for part, indices in zip(parts, kept, strict=True) for i in indices]
             ends = np.cumsum([0, *map(len, kept)])
             folds = [tuple(np.arange(*ends[i : i + 2]) for i in range(3))]
@@ -163,6 +171,17 @@ class Rows:
         """Accuracy on test of the most frequent label of train."""
         told = [self.labels[test] == np.bincount(self.labels[train]).argmax() for train, _, test in self.folds]
         return float(np.concatenate(told).mean())
+
+
+def _without_copies(parts: Sequence[list[dict]], kept: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Of the rows that are kept of train, validation and test those that no split after theirs has."""
+    later: set[tuple] = set()
+    left = []
+    for part, indices in zip(reversed(parts), reversed(kept), strict=True):
+        texts = [tuple(str(part[i].get(name)) for name in ("text", "text_a", "text_b", "choices")) for i in indices]
+        left.append(indices[np.array([text not in later for text in texts], dtype=bool)])
+        later.update(texts)
+    return left[::-1]
 
 
 # Of the row indices of a fold: the chosen setting, and predictions of validation and test.
@@ -215,7 +234,7 @@ class Benchmark:
     def _read(self, task: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Rows, list]:
         settings, about = self.settings, TASKS[task]
         limits = settings.question_rows if about.questions else settings.rows
-        rows = Rows.load(self.folder / task, about, limits, settings.seed)
+        rows = Rows.load(self.folder / task, about, limits, settings.seed, settings.without_copies)
         encoder = TextEncoder(tokenizer, min(settings.max_length, base.config.max_position_embeddings))
         return rows, rows.encode(encoder, min(settings.choice_length, encoder.max_length))
 

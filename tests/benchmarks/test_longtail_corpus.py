@@ -2,6 +2,7 @@
 """Promises of the benchmark's corpus: documents that hold test rows are found, by the same rule as by looking at every
 place; mixtures that are there can be read and turn the shares round."""
 
+import gzip
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from longtail_tiny import EXAMPLES
 
 
-from corpus import Mixture, HeldOutOverlap, normalised_words  # isort: skip
+from corpus import TEN_FOLDS, HeldOutOverlap, Mixture, normalised_words, test_texts as texts_of_tests  # isort: skip
 
 
 def task_by_looking_everywhere(tasks: dict[str, list[str]], text: str) -> str | None:
@@ -28,6 +29,15 @@ def task_by_looking_everywhere(tasks: dict[str, list[str]], text: str) -> str | 
             if found:
                 return found
     return None
+
+
+def test_all_rows_of_a_task_in_ten_folds_are_looked_for(tmp_path):
+    for task in ("gad", *TEN_FOLDS):
+        (tmp_path / task).mkdir()
+        for name in ("train", "test", "all_10fold"):
+            with gzip.open(tmp_path / task / f"{name}.jsonl.gz", "wt") as file:
+                file.write(json.dumps({"text": f"{task} {name}", "label": 0}) + "\n")
+    assert texts_of_tests(tmp_path) == {"gad": ["gad test"], "euadr": ["euadr all_10fold"]}
 
 
 def test_overlap_is_found_as_by_looking_everywhere():

@@ -16,6 +16,7 @@ from modeling_cse.data import train_tokenizer
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "longtail_benchmark"
 sys.path.insert(0, str(EXAMPLES))
 import tasks as tool  # noqa: E402
+from corpus import TEN_FOLDS  # noqa: E402
 
 
 LOW, HIGH = "one two three four five", "six seven eight nine ten"
@@ -37,10 +38,16 @@ def row(task: str, generator: np.random.Generator, number: int) -> dict:
 
 
 def write(folder: Path, task: str, counts: dict[str, int]) -> None:
+    """No split has a row of another one."""
     (folder / task).mkdir(parents=True)
+    seen: set[str] = set()
     for name, count in counts.items():
-        generator = np.random.default_rng(len(name))
-        made = [row(task, generator, number) for number in range(count)]
+        generator, made = np.random.default_rng(len(name)), []
+        while len(made) < count:
+            each = row(task, generator, len(made))
+            if repr(each) not in seen:
+                made.append(each)
+        seen.update(map(repr, made))
         if name == "all_10fold":
             made = [{**each, "fold": 1 + number % 10} for number, each in enumerate(made)]
         with gzip.open(folder / task / f"{name}.jsonl.gz", "wt") as file:
@@ -137,6 +144,23 @@ def test_a_capped_task_draws_the_same_rows_for_every_model(place):
     more = tool.Rows.load(place / "tasks" / "scicite", tool.TASKS["scicite"], (20, 20, 30), 0)
     texts = [each["text"] for each in more.rows[:20]]
     assert all(each["text"] in texts for each in made[0].rows[:10])
+
+
+def test_a_row_of_two_splits_is_left_out_of_the_earlier_one(tmp_path):
+    texts = {"train": "abcdeb", "validation": "cfgh", "test": "dhij"}
+    (tmp_path / "sst2").mkdir()
+    for split, letters in texts.items():
+        with gzip.open(tmp_path / "sst2" / f"{split}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps({"text": letter, "label": 0}) + "\n" for letter in letters)
+    told = []
+    for without_copies in (True, False):
+        rows = tool.Rows.load(tmp_path / "sst2", tool.TASKS["sst2"], (9, 9, 9), 0, without_copies)
+        told.append(["".join(sorted(rows.rows[i]["text"] for i in fold)) for fold in rows.folds[0]])
+    assert told == [["abbe", "cfg", "dhij"], ["abbcde", "cfgh", "dhij"]]
+
+
+def test_the_corpus_knows_which_tasks_are_tested_on_all_rows():
+    assert set(TEN_FOLDS) == {name for name, task in tool.TASKS.items() if task.ten_folds}
 
 
 def test_folds_share_no_row_and_each_is_the_test_once(place):
