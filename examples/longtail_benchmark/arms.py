@@ -2,10 +2,11 @@
 """The opponents: what each arm of the benchmark is, and the model it trains."""
 
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets import Dataset
 from torch import nn
@@ -23,8 +24,11 @@ from modeling_cse.evaluation.switch import (
 
 KINDS = ("dense", "switch", "cse")
 CONTROLS = (None, "oracle", "random")
-# What a domain stage must say, as the size does not: how long, how fast, how often it is validated.
-STAGE_TRAINING = {"num_train_epochs", "learning_rate", "eval_steps"}
+# What a domain stage must say, as the size does not: how long, how fast, how often it is validated. The warm-up of a
+# pretraining would be most of a stage, and some sizes' all of it.
+STAGE_TRAINING = {"num_train_epochs", "learning_rate", "warmup_steps", "eval_steps"}
+# The FFN's width in a config.
+WIDTH = {"gpt2": "n_inner", "bert": "intermediate_size"}
 CLASSES = {
     ("gpt2", "cse"): (CSEGPT2Config, CSEGPT2ForCausalLM),
     ("gpt2", "switch"): (SwitchGPT2Config, SwitchGPT2ForCausalLM),
@@ -49,6 +53,7 @@ class Arm:
         start: name of the arm whose final model this one goes on from, on the text of `domain` alone (stage.py);
             `training` must then say how. Of kind "cse" only the experts are trained, with the clusters they have.
         domain: the long-tail domain of such a stage.
+        as_large_as: a dense arm is widened until it has as many parameters as this one, in whatever size (`for_size`).
     """
 
     name: str
@@ -59,6 +64,7 @@ class Arm:
     training: dict[str, Any] = field(default_factory=dict)
     start: str | None = None
     domain: str | None = None
+    as_large_as: "Arm | None" = None
 
     def __post_init__(self):
         for name, allowed in (("kind", KINDS), ("control", CONTROLS)):
@@ -66,6 +72,11 @@ class Arm:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be one of {allowed}.")
         if self.kind != "cse" and (self.clusters or self.control):
             raise ValueError(f"clusters={self.clusters!r}, control={self.control!r} is not allowed for {self.kind!r}.")
+        if self.as_large_as is not None and (self.kind != "dense" or self.model):
+            raise ValueError(
+                f"as_large_as={self.as_large_as.name!r} is not allowed with kind={self.kind!r} and "
+                f"model={self.model!r}: what is widened is a dense model, of which nothing else is said."
+            )
         if (self.start is None) != (self.domain is None):
             raise ValueError(f"start={self.start!r} and domain={self.domain!r} belong together.")
         if self.start is not None and (self.clusters or self.control):
@@ -76,11 +87,18 @@ class Arm:
         if self.start is not None and not STAGE_TRAINING <= self.training.keys():
             raise ValueError(f"training={self.training!r} is not allowed: a stage needs {sorted(STAGE_TRAINING)}.")
 
+    def settings(self) -> dict[str, Any]:
+        """What a run says of its arm, from which `Arm(**settings)` makes it again; of one that is made `for_size`."""
+        if self.as_large_as is not None:
+            name = self.as_large_as.name
+            raise ValueError(f"as_large_as={name!r} is not allowed here: make the arm for_size() first.")
+        return {name: value for name, value in asdict(self).items() if name != "as_large_as"}
+
 
 def read_arms(path: Path) -> dict[str, Arm]:
     """
     The arms of a YAML file: name to fields. `like: other` takes over the fields of an arm above it, and merges
-    mappings; null takes a field away.
+    mappings; null takes a field away. `as_large_as` names an arm above it.
 
     Raises:
         ValueError: an arm that is not there, or a wrong field.
@@ -95,7 +113,40 @@ def read_arms(path: Path) -> dict[str, Arm]:
         for key, value in own.items():
             merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
         fields[name] = {key: value for key, value in merged.items() if value is not None}
-    return {name: Arm(name, **values) for name, values in fields.items()}
+    arms: dict[str, Arm] = {}
+    for name, values in fields.items():
+        other = values.pop("as_large_as", None)
+        if other is not None and other not in arms:
+            raise ValueError(f"as_large_as={other!r} is not allowed in {name!r}: it must be one of {sorted(arms)}.")
+        arms[name] = Arm(name, **values, as_large_as=arms.get(other))
+    return arms
+
+
+def for_size(arm: Arm, family: str, size: dict[str, Any]) -> Arm:
+    """
+    An arm as models of one size have it, in numbers: `as_large_as` becomes the FFN's width that comes nearest to it,
+    layers of a Switch that are counted from the end are counted from the front.
+
+    Args:
+        arm: any; one that says nothing of the kind stays as it is.
+        family: "gpt2" or "bert".
+        size: config values of the size.
+    """
+    if "switch_layers" in arm.model:
+        depth = CLASSES[family, "switch"][0](**size).num_hidden_layers
+        arm = replace(arm, model={**arm.model, "switch_layers": [i % depth for i in arm.model["switch_layers"]]})
+    if arm.as_large_as is None:
+        return arm
+
+    def count(one: Arm) -> int:
+        config_class, of_class = CLASSES[family, "switch" if one.kind == "switch" else "cse"]
+        with torch.device("meta"):  # the vocabulary counts the same for both
+            return count_parameters(of_class(config_class(**{**size, **_own_values(one)})))["total"]
+
+    narrow, wider = (Arm(arm.name, "dense", model={WIDTH[family]: width}) for width in (1, 2))
+    each = count(wider) - count(narrow)
+    width = 1 + round((count(arm.as_large_as) - count(narrow)) / each)
+    return replace(arm, model={WIDTH[family]: width}, as_large_as=None)
 
 
 def model_class(arm: Arm, family: str) -> type[PreTrainedModel]:
@@ -107,15 +158,20 @@ def build_config(arm: Arm, family: str, size: dict[str, Any], tokenizer: PreTrai
     """The config of an arm's model; a dense model is a CSE model without layers."""
     config_class, _ = CLASSES[family, "switch" if arm.kind == "switch" else "cse"]
     values = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    values |= {"vocab_size": len(tokenizer), **size}
-    if arm.kind == "dense":
-        values["cse_layers"] = []
-    values |= arm.model
+    values |= {"vocab_size": len(tokenizer), **size, **_own_values(arm)}
     if values.get("cse_separator_token_id") == "end":
         values["cse_separator_token_id"] = end_token_id(tokenizer)
-    if arm.control:
-        values["cse_routing"] = "given"
+    unknown = sorted(arm.model.keys() - config_class().to_dict().keys())
+    if unknown:
+        raise ValueError(f"model={unknown} of {arm.name!r} is not allowed: {config_class.__name__} has no such value.")
     return config_class(**values)
+
+
+def _own_values(arm: Arm) -> dict[str, Any]:
+    """Config values of an arm, beside those of the size."""
+    layers = {"cse_layers": []} if arm.kind == "dense" else {}
+    routes = {"cse_routing": "given"} if arm.control else {}
+    return {**layers, **arm.settings()["model"], **routes}
 
 
 def build_model(
@@ -173,6 +229,7 @@ __all__ = [
     "build_config",
     "build_model",
     "count_parameters",
+    "for_size",
     "label",
     "model_class",
     "read_arms",

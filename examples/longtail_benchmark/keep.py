@@ -15,7 +15,7 @@ from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from arms import Arm, read_arms
+from arms import Arm, for_size, read_arms
 from corpus import GENERAL, Corpus
 from run_folders import Run, read_runs
 from run_records import BINS, TestBlocks, record_of
@@ -93,8 +93,9 @@ def keep(runs: Path, corpus_folder: Path, results: Path, arms: dict[str, Arm] | 
     if any(run.settings["mixture"] != asdict(corpus.mixture) for run in finished):
         raise ValueError(f"corpus={corpus_folder.name!r} is not allowed: its mixture is not that of the runs.")
     for run in finished if arms is not None else []:
-        name = run.arm.name.removesuffix("_last")
-        if arms.get(name) != replace(run.arm, name=name):
+        name, size = run.arm.name.removesuffix("_last"), run.settings["size"]
+        known = for_size(arms[name], size["family"], size["config"]) if name in arms else None
+        if known != replace(run.arm, name=name):
             raise ValueError(
                 f"arm={name!r} is not allowed: seed {run.seed} ran with other settings than the arm has by now, so "
                 "that the record's command would train another."

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from arms import Arm, build_callback, build_model, count_parameters, label, read_arms
+from arms import Arm, build_callback, build_model, count_parameters, for_size, label, read_arms
 from blocks import training_blocks
 from corpus import Corpus
 from records import evaluate, open_folder, read_result, write_result
@@ -76,7 +76,8 @@ def train(
             f"size={size.name!r} is not allowed: it is of the family {size.family!r}, the corpus is of "
             f"{corpus.mixture.family!r}."
         )
-    settings = {"arm": asdict(arm), "seed": seed, "size": asdict(size), "steps": steps}
+    arm = for_size(arm, size.family, size.config)
+    settings = {"arm": arm.settings(), "seed": seed, "size": asdict(size), "steps": steps}
     settings |= {"mixture": asdict(corpus.mixture)}
     if arm.start is not None:
         return train_stage(arm, seed, corpus, folder, settings, callbacks)

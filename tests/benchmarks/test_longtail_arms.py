@@ -11,7 +11,7 @@ from modeling_cse import ClusterExpertsCallback, CSEBertConfig, CSEGPT2Config
 from modeling_cse.data import train_tokenizer
 
 
-from arms import build_callback, build_config, model_class, read_arms  # isort: skip
+from arms import Arm, build_callback, build_config, for_size, model_class, read_arms  # isort: skip
 from comparisons import Roles  # isort: skip
 from train import Size  # isort: skip
 
@@ -25,9 +25,10 @@ def tokenizer():
     return train_tokenizer(["a court held that the cell line grew"], kind="gpt2", vocab_size=270)
 
 
-def parameters(name: str, tokenizer) -> int:
+def parameters(name: str, tokenizer, size: Size = CPU) -> int:
+    arm = for_size(ARMS[name], size.family, size.config)
     with torch.device("meta"):
-        model = model_class(ARMS[name], "gpt2")(build_config(ARMS[name], "gpt2", CPU.config, tokenizer))
+        model = model_class(arm, size.family)(build_config(arm, size.family, size.config, tokenizer))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -38,19 +39,46 @@ def test_every_arm_can_be_made(name, tokenizer):
     assert ARMS[name].start is None or ARMS[name].start in ARMS
 
 
+OPPONENTS = {
+    "cse": ("dense_wide", "switch"),
+    "cse_wide": ("dense_wider", "switch_wide"),
+    "cse_large": ("dense_wide_large", "switch_large"),
+}
+
+
 @pytest.mark.parametrize(
-    ("own", "opponents"),
-    [
-        ("cse", ("dense_wide", "switch")),
-        ("cse_wide", ("dense_wider", "switch_wide")),
-        ("cse_large", ("dense_wide_large", "switch_large")),
-    ],
+    ("own", "size"),
+    [*((own, "cpu") for own in OPPONENTS), ("cse_wide", "cpu_bert"), ("cse_wide", "gpu"), ("cse_wide", "gpu_bert")],
 )
-def test_opponents_have_as_many_parameters(own, opponents, tokenizer):
-    count = parameters(own, tokenizer)
-    assert parameters("dense", tokenizer) < 0.9 * count
-    for name in opponents:
-        assert parameters(name, tokenizer) == pytest.approx(count, rel=2e-3)
+def test_opponents_have_as_many_parameters_in_the_same_layers(own, size, tokenizer):
+    size = Size.load(size)
+    count = parameters(own, tokenizer, size)
+    assert parameters("dense", tokenizer, size) < 0.9 * count
+    for name in OPPONENTS[own]:
+        assert parameters(name, tokenizer, size) == pytest.approx(count, rel=2e-3)
+    cse, switch = (for_size(ARMS[name], size.family, size.config) for name in (own, OPPONENTS[own][1]))
+    config = build_config(cse, size.family, size.config, tokenizer)
+    assert switch.model["switch_layers"] == config.cse_layer_indices
+
+
+def test_an_arm_of_a_size_says_so_in_numbers():
+    """As the records do, from which it is made again."""
+    known = {"dense_wide": {"n_inner": 1366}, "dense_wider": {"n_inner": 2390}}
+    for name, model in known.items():
+        arm = for_size(ARMS[name], "gpt2", CPU.config)
+        assert arm.model == model and arm == for_size(arm, "gpt2", CPU.config) == Arm(**arm.settings())
+    assert for_size(ARMS["dense_wider"], "bert", Size.load("cpu_bert").config).model == {"intermediate_size": 2390}
+    with pytest.raises(ValueError, match="for_size\\(\\) first"):
+        ARMS["dense_wider"].settings()
+
+
+def test_a_value_that_the_family_does_not_have_is_refused(tokenizer):
+    """It would change nothing, and the opponent be another one than its name says."""
+    arm = Arm("wide", "dense", model={"n_inner": 2390})
+    with pytest.raises(ValueError, match=r"model=\['n_inner'\] of 'wide' is not allowed: CSEBertConfig"):
+        build_config(arm, "bert", Size.load("cpu_bert").config, tokenizer)
+    with pytest.raises(ValueError, match="as_large_as='cse' is not allowed with kind='switch'"):
+        Arm("switch", "switch", as_large_as=Arm("cse", "cse"))
 
 
 def test_every_role_has_its_arm():
