@@ -88,6 +88,16 @@ class Comparisons:
         own, best, base = (self.values(name, read) for name in (arm, self.roles.oracle, self.roles.baseline))
         return share_of_gain(own, best, base) if own.keys() & best.keys() & base.keys() else None
 
+    def apart(self, arm: str, against: str) -> list[int]:
+        """Seeds whose runs of two arms were made on different machines: there rounding alone can be a difference."""
+        own, other = ({record["seed"]: record["machine"] for record in self.of(name)} for name in (arm, against))
+        return [seed for seed in own if seed in other and own[seed] != other[seed]]
+
+    def as_large(self, arm: str, other: str) -> bool:
+        """Whether two arms have the same number of parameters, but for 1 %."""
+        sizes = [self.mean(name, lambda record: record["cost"]["per_token"]["total"]) for name in (arm, other)]
+        return None not in sizes and abs(sizes[0].value / sizes[1].value - 1) <= 0.01
+
     @property
     def oracle_gains_nothing(self) -> bool:
         """Whether the oracle was measured, and is no better than the baseline."""

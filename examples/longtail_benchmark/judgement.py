@@ -73,6 +73,32 @@ def _judge(
     )
 
 
+# A loss of so many points that an interval does not exclude is said beside the verdict.
+LOSS = 0.02
+
+
+def _hidden_loss(change: Estimate | None) -> str:
+    if change is None or change.lower is None or change.lower >= -LOSS or change.upper < 0:
+        return ""
+    return f"too few seeds to exclude a loss of {-change.lower:.3f}"
+
+
+def _notes(*notes: str) -> str:
+    return "; ".join(note for note in notes if note)
+
+
+def _machines(comparisons: Comparisons, arm: str, against: str) -> str:
+    seeds = comparisons.apart(arm, against)
+    return f"on two machines with seed {', '.join(map(str, seeds))}" if seeds else ""
+
+
+def _sizes(comparisons: Comparisons, arm: str, against: str) -> str:
+    """That an opponent is no opponent, for it has another number of parameters."""
+    if not comparisons.of(arm) or not comparisons.of(against) or comparisons.as_large(arm, against):
+        return ""
+    return f"`{against}` has not as many parameters as `{arm}`"
+
+
 def _under_one(value: Estimate) -> bool:
     return value.upper is not None and value.upper < 1
 
@@ -85,13 +111,14 @@ def judge(comparisons: Comparisons) -> list[Verdict]:
 def _perplexities(comparisons: Comparisons) -> list[Verdict]:
     default = comparisons.roles.default
     ahead = any(record["reads_ahead"] for record in comparisons.of(default))
+    pairs = _machines(comparisons, default, comparisons.roles.baseline)
     return [
         _judge(
             "long-tail perplexity, default CSE / dense",
             ("<= 0.95, interval under 1", lambda v: v.value <= 0.95 and _under_one(v)),
             ("<= 0.88", lambda v: v.value <= 0.88),
             comparisons.ratio(default, perplexity(LONG_TAIL)),
-            "the default arm's routes see later tokens" if ahead else "",
+            _notes("the default arm's routes see later tokens" if ahead else "", pairs),
             allowed=not ahead,
         ),
         _judge(
@@ -99,6 +126,7 @@ def _perplexities(comparisons: Comparisons) -> list[Verdict]:
             ("<= 1.005", lambda v: v.value <= 1.005),
             ("<= 0.995", lambda v: v.value <= 0.995),
             comparisons.ratio(default, perplexity(GENERAL)),
+            pairs,
         ),
     ]
 
@@ -107,35 +135,44 @@ def _opponents(comparisons: Comparisons) -> list[Verdict]:
     roles, read, rows = comparisons.roles, perplexity(LONG_TAIL), []
     gain = comparisons.ratio(roles.default, read)
     for name, opponent in (("Switch", roles.switch), ("random routing", roles.random)):
+        sizes = _sizes(comparisons, roles.default, opponent)
         rows.append(
             _judge(
                 f"long-tail perplexity, default CSE / {name}",
                 ("< 1, interval under 1", _under_one),
                 ("by half of the gain over dense", lambda v: v.value <= min(gain.value**0.5, 1)),
                 comparisons.ratio(roles.default, read, opponent),
+                _notes(sizes, _machines(comparisons, roles.default, opponent)),
+                allowed=not sizes,
                 aim_allowed=gain is not None and gain.seeds >= LEAST_SEEDS,
             )
         )
     wide, own = flops_ratio(comparisons, roles.wide), flops_ratio(comparisons, roles.default)
+    sizes, cost = _sizes(comparisons, roles.default, roles.wide), ""
+    if own and wide:
+        cost = f"operations a token over dense: {own.value:.3f} and {wide.value:.3f}"
     rows.append(
         _judge(
             "long-tail perplexity, default CSE / dense widened to equal total parameters",
             ("stated", lambda v: True),
             ("<= 1", lambda v: v.value <= 1),
             comparisons.ratio(roles.default, read, roles.wide),
-            f"operations a token over dense: {own.value:.3f} and {wide.value:.3f}" if own and wide else "",
+            _notes(cost, sizes, _machines(comparisons, roles.default, roles.wide)),
+            allowed=not sizes,
         )
     )
     return rows
 
 
 def _oracle(comparisons: Comparisons) -> Verdict:
+    roles = comparisons.roles
+    pairs = (_machines(comparisons, arm, roles.baseline) for arm in (roles.default, roles.oracle))
     return _judge(
         "share of the oracle's gain on the long tail",
         (">= 70 %", lambda v: v.value >= 0.7),
         (">= 90 %", lambda v: v.value >= 0.9),
-        comparisons.share_of_oracle(comparisons.roles.default, perplexity(LONG_TAIL)),
-        "the oracle gains nothing" if comparisons.oracle_gains_nothing else "",
+        comparisons.share_of_oracle(roles.default, perplexity(LONG_TAIL)),
+        _notes("the oracle gains nothing" if comparisons.oracle_gains_nothing else "", *dict.fromkeys(pairs)),
     )
 
 
@@ -184,12 +221,14 @@ def _tasks(comparisons: Comparisons) -> list[Verdict]:
     for task in JUDGED_GENERAL_TASKS:
         read = {"accuracy": accuracy([task])} | ({names[task]: own_metric(task)} if task in names else {})
         for metric, each in read.items():
+            change = comparisons.difference(default, each, baseline)
             rows.append(
                 _judge(
                     f"probe {metric.replace('_', ' ')} on {task}, default CSE minus dense",
                     ("no loss beyond the interval", lambda v: v.upper is not None and v.upper >= 0),
                     None,
-                    comparisons.difference(default, each, baseline),
+                    change,
+                    _hidden_loss(change),
                 )
             )
     return rows

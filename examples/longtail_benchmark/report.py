@@ -9,6 +9,7 @@ Numbers are those of the test split; the validation split serves choosing. What 
 import argparse
 import json
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -92,6 +93,7 @@ def page(title: str, results: dict, comparisons: Comparisons, pictures: list[str
         f"settings). Active parameters: the mean over routes. {seconds_from(comparisons)} A cell that is of other "
         "seeds than its row says of how many.\n",
         tables.main_table(comparisons),
+        pairs_of_two_machines(comparisons),
         "Perplexities, means over seeds:\n",
         tables.absolute_table(comparisons),
         "## By position in the block\n",
@@ -108,7 +110,8 @@ def page(title: str, results: dict, comparisons: Comparisons, pictures: list[str
         "domains; normalised: purity from 0 (no better than the largest domain's share) to 1.\n",
         tables.purity_table(comparisons),
         "## Tasks\n",
-        "Accuracy in percent; in parentheses points over dense. Linear probe:\n",
+        "Accuracy in percent; in parentheses points over dense. Cells of other seeds than their row say of how many. "
+        "Linear probe:\n",
         tables.task_table(comparisons, "probe"),
         "Full fine-tuning:\n",
         tables.task_table(comparisons, "finetune"),
@@ -142,7 +145,21 @@ def origins(records: list[Record]) -> str:
         days = sorted({record["date"] for record in mine})
         lines.append(f"{len(mine)} runs on {machine}, {' to '.join(dict.fromkeys((days[0], days[-1])))}")
     found = {f"{name} {number}" for record in records for name, number in record["versions"].items()}
-    return "; ".join([*lines, ", ".join(sorted(found))]) + "." if records else "No runs yet."
+    codes = Counter(record["code"] for record in records if "code" in record)
+    of_code = [f"code {name} ({count} runs)" for name, count in sorted(codes.items())]
+    if codes.total() < len(records):
+        of_code.append(f"{len(records) - codes.total()} runs do not say of which code between two releases")
+    parts = [*lines, ", ".join(sorted(found)), ", ".join(of_code)]
+    return "; ".join(parts) + "." if records else "No runs yet."
+
+
+def pairs_of_two_machines(comparisons: Comparisons) -> str:
+    """Which ratios of the main table are of runs that were made on different machines."""
+    pairs = {arm: comparisons.apart(arm, comparisons.roles.baseline) for arm in comparisons.scratch}
+    told = [f"`{arm}` (seed {', '.join(map(str, seeds))})" for arm, seeds in pairs.items() if seeds]
+    if not told:
+        return f"Every run is compared with a `{comparisons.roles.baseline}` of its own machine.\n"
+    return f"On another machine than their `{comparisons.roles.baseline}`: {', '.join(told)}.\n"
 
 
 def write_report(results: Path, size: str, corpus: str, roles: Roles, output: Path | None = None) -> Path:

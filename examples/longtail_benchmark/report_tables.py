@@ -135,8 +135,10 @@ def frequency_table(comparisons: Comparisons) -> str:
     """Perplexity over dense by sentence frequency, rarest first."""
     bins = range(len(comparisons.records[0]["by_frequency"]["1"])) if comparisons.records else []
     arms = _without_baseline(comparisons)
-    rows = [[arm, *(bare(comparisons.ratio(arm, in_bin(place))) for place in bins)] for arm in arms]
-    return table(["arm", *(f"{place + 1} of {len(bins)}" for place in bins)], rows)
+    ratios = {arm: [comparisons.ratio(arm, in_bin(place)) for place in bins] for arm in arms}
+    ratios = {arm: own for arm, own in ratios.items() if None not in own}
+    rows = [[arm, str(max(each.seeds for each in own)), *map(bare, own)] for arm, own in ratios.items()]
+    return table(["arm", "seeds", *(f"{place + 1} of {len(bins)}" for place in bins)], rows)
 
 
 def bin_table(bins: list[dict]) -> str:
@@ -161,6 +163,7 @@ def purity_table(comparisons: Comparisons) -> str:
     rows = []
     for arm in comparisons.arms:
         for site in comparisons.of(arm)[0]["purity"]:
+            seeds = comparisons.mean(arm, _purity_reader(site, "sequences", "purity")).seeds
             cells = [
                 number(comparisons.mean(arm, _purity_reader(site, level, name)), 2)
                 for level, name in (
@@ -174,8 +177,8 @@ def purity_table(comparisons: Comparisons) -> str:
                 bare(comparisons.mean(arm, lambda record, s=site, d=domain: record["routed"][s][d]), 0, 100)
                 for domain in (*comparisons.domains, GENERAL)
             ]
-            rows.append([arm, site, *cells, *shares])
-    head = ["arm", "site", "AMI, blocks", "AMI, tokens", "purity, blocks", "normalised"]
+            rows.append([arm, site, str(seeds), *cells, *shares])
+    head = ["arm", "site", "seeds", "AMI, blocks", "AMI, tokens", "purity, blocks", "normalised"]
     return table([*head, *(f"% routed: {domain}" for domain in (*comparisons.domains, GENERAL))], rows)
 
 
@@ -206,13 +209,15 @@ def _by_task(
         means = [comparisons.mean(arm, read) for read in readers.values()]
         if not any(means):
             continue
-        cells = []
+        seeds, cells = max(mean.seeds for mean in means if mean), []
         for mean, read in zip(means, readers.values(), strict=True):
             change = comparisons.difference(arm, read, comparisons.roles.baseline)
-            beside = f" ({number(change, digits, scale)})" if change and arm != comparisons.roles.baseline else ""
-            cells.append(bare(mean, digits, scale) + beside)
-        rows.append([arm, *cells])
-    return table(["arm", *readers], rows)
+            told, beside = bare(mean, digits, scale) + _other_seeds(mean, seeds), ""
+            if change and arm != comparisons.roles.baseline:
+                beside = f" ({number(change, digits, scale)}{_other_seeds(change, mean.seeds)})"
+            cells.append(told + beside)
+        rows.append([arm, str(seeds), *cells])
+    return table(["arm", "seeds", *readers], rows)
 
 
 def _task_order(task: str) -> tuple[bool, str, str]:
@@ -232,12 +237,13 @@ def forgetting_table(comparisons: Comparisons) -> str:
 
 def share_table(rows: list[dict]) -> str:
     """The gain by a domain's share of the training text."""
-    cells = [
-        [row["corpus"], row["domain"], f"{row['share']:.1%}", number(row["default"]), number(row["oracle"])]
-        for row in rows
-        if row["default"] is not None
-    ]
-    return table(["corpus", "domain", "share", "default / dense [95 %]", "oracle / dense [95 %]"], cells)
+    cells = []
+    for row in rows:
+        own, oracle = row["default"], row["oracle"]
+        if own is not None:
+            told = [str(own.seeds), number(own), number(oracle) + _other_seeds(oracle, own.seeds)]
+            cells.append([row["corpus"], row["domain"], f"{row['share']:.1%}", *told])
+    return table(["corpus", "domain", "share", "seeds", "default / dense [95 %]", "oracle / dense [95 %]"], cells)
 
 
 def judgement_table(verdicts: list[Verdict]) -> str:

@@ -36,7 +36,7 @@ SITE = "layer_1/ffn"
 CONFIG = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": BLOCK}
 TRAINING = {"per_device_train_batch_size": BATCH, "max_steps": STEPS}
 EXPERTS = {"cse_layers": [1], "cse_combine": "add", "cse_num_experts": 2, "cse_routing": "discriminant"}
-STAGE = {"num_train_epochs": 1, "learning_rate": 1e-3, "eval_steps": 2}
+STAGE = {"num_train_epochs": 1, "learning_rate": 1e-3, "warmup_steps": 0.1, "eval_steps": 2}
 ARMS = {
     "dense": Arm("dense", "dense"),
     "cse": Arm("cse", "cse", model=EXPERTS),
@@ -89,7 +89,7 @@ def write_run(
     test = {"perplexity": {name: math.exp(mean) for name, mean in means.items()}}
     test["routing"] = {SITE: routed} if arm.kind == "cse" else {}
     size = {"name": "tiny", "family": "gpt2", "config": CONFIG, "training": TRAINING}
-    settings = {"arm": asdict(arm), "seed": seed, "size": size, "mixture": asdict(corpus.mixture), "steps": None}
+    settings = {"arm": arm.settings(), "seed": seed, "size": size, "mixture": asdict(corpus.mixture), "steps": None}
     total = sum(p.numel() for p in empty_model(Run(folder, settings, {}), corpus.tokenizer).parameters())
     result = {"arm": arm.name, "seed": seed, "parameters": {"total": total}, "seconds": 100.0, "resumed": False}
     result["origin"] = {"date": "2026-02-03", "machine": machine, "versions": {"torch": "9.9"}}
@@ -131,7 +131,7 @@ def outcome(tmp_path_factory, corpus, place):
             write_run(root / "tiny" / "main", arm, seed, corpus, tasks, noise)
     folder = root / "out"
     options = ["--size", "tiny", "--results", str(folder)]
-    arms = {name: {key: value for key, value in asdict(arm).items() if key != "name"} for name, arm in ARMS.items()}
+    arms = {name: {key: value for key, value in arm.settings().items() if key != "name"} for name, arm in ARMS.items()}
     (root / "arms.yaml").write_text(json.dumps(arms))
     keep.main([*options, "--runs", str(root), "--corpus", str(place), "--arms", str(root / "arms.yaml")])
     report.main([*options, *(word for role, arm in asdict(ROLES).items() for word in (f"--{role}", arm))])
@@ -176,7 +176,7 @@ def test_the_gain_stands_at_its_positions(outcome):
 def test_routing_forgetting_and_frequency_are_told(outcome, records):
     page, results, _ = outcome
     purity = row(page, "Routing", "cse")
-    assert purity[1] == SITE and purity[2].startswith("1.00") and purity[4].startswith("1.00")
+    assert purity[1:3] == [SITE, "3"] and purity[3].startswith("1.00") and purity[5].startswith("1.00")
     assert 0 < records[0]["purity"][SITE]["tokens"]["adjusted_mutual_information"] < 1
     forgetting = row(page, "Forgetting", "dense_legal")
     assert forgetting[1:4] == ["dense", "legal", "3"] and forgetting[-1].startswith("1.500")
@@ -209,8 +209,8 @@ def test_a_task_tells_its_own_metric_where_that_is_not_accuracy(outcome):
     assert row(page, "Tasks", "cse")[-1].startswith("25.0 (-25.0")
     probe, tuning = page.partition("The metrics that")[2].partition("## Forgetting")[0].split("Full fine-tuning:")
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in probe.splitlines() if line.startswith("|")]
-    found = {name: cell for name, cell in table[2:]}
-    assert table[0] == ["arm", "cola, matthews_correlation"] and set(found) == set(ARMS) - {"oracle"}
+    found = {name: cell for name, _, cell in table[2:]}
+    assert table[0] == ["arm", "seeds", "cola, matthews_correlation"] and set(found) == set(ARMS) - {"oracle"}
     assert found["dense"] == "0.000" and found["cse"].startswith("0.250 (0.250 [")
     assert found["dense_medical"].startswith("0.188 (0.188 [") and tuning.strip() == "Not measured."
 
@@ -222,7 +222,7 @@ def test_every_number_has_its_run(outcome, records):
     for run in records:
         assert (run["date"], run["machine"], run["versions"]) == ("2026-02-03", "one abacus", {"torch": "9.9"})
         assert f"--arm {run['arm']} --seed {run['seed']} --size tiny" in run["command"]
-        assert run["settings"]["arm"] == {**asdict(ARMS[run["arm"]]), "name": run["arm"]}
+        assert run["settings"]["arm"] == ARMS[run["arm"]].settings()
     assert not any(str(folder.parent) in path.read_text() for path in folder.rglob("*.json"))
     for name in ("ratios", "positions"):
         assert (folder / f"tiny-main-{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -4,6 +4,7 @@ are told alike of old records and new ones."""
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import report  # noqa: E402
 import report_tables  # noqa: E402
 from comparisons import Comparisons, all_text, share_read_ahead, total_flops  # noqa: E402
 from cost import read_ahead  # noqa: E402
+from judgement import judge  # noqa: E402
 
 
 BLOCK, BATCH, STEPS = 32, 4, 20
@@ -95,6 +97,14 @@ def test_all_text_counts_domains_by_their_share(mixed):
     assert all_text({**record("cse", 0), "perplexity": {**dict.fromkeys(SHARES, 9.0), "legal": "inf"}}) == math.inf
 
 
+WIDE = replace(ROLES, wide="wide")
+
+
+def judged(comparisons: Comparisons) -> list[dict]:
+    """Records with what the judgement reads of them."""
+    return [{"tasks": {}, "reads_ahead": False, "kind": "", **each} for each in comparisons.records]
+
+
 def _with_bins(comparisons: Comparisons) -> Comparisons:
     bins = {"by_frequency": {"1": [100.0]}}
     return Comparisons([{**each, **bins} for each in comparisons.records], comparisons.roles)
@@ -117,3 +127,66 @@ def test_rows_of_several_texts_give_a_bound():
     documents = [record("dense", 0), record("documents", 0, cse_separator_token_id="end")]
     row = cells(report_tables.main_table(Comparisons(documents, ROLES)), "documents")
     assert row["% read ahead"].startswith("at most ") and row["FLOPs in all"].startswith("at most 1.")
+
+
+def test_runs_of_two_machines_and_of_two_states_of_the_code_are_told(mixed):
+    told = report.pairs_of_two_machines(mixed)
+    assert told == "On another machine than their `dense`: `wide` (seed 1).\n"
+    alike = Comparisons([each for each in mixed.records if each["machine"] == "one abacus"], ROLES)
+    assert report.pairs_of_two_machines(alike) == "Every run is compared with a `dense` of its own machine.\n"
+    made = {"date": "2026-02-03", "versions": {"torch": "9.9"}}
+    records = [{**each, **made, **({"code": "abc"} if each["arm"] == "dense" else {})} for each in mixed.records]
+    assert "code abc (4 runs), 9 runs do not say of which code" in report.origins(records)
+    assert "9 runs do not say" not in report.origins([each for each in records if "code" in each])
+
+
+def found(comparisons: Comparisons, measure: str):
+    return next(each for each in judge(comparisons) if each.measure.startswith(measure))
+
+
+def test_an_opponent_of_another_size_is_none(mixed):
+    """A dense model that nobody has widened, under the name of one that was."""
+    measure = "long-tail perplexity, default CSE / dense widened"
+    records = [dict(each) for each in judged(mixed) if each["arm"] != "wide"]
+    wide = [record("wide", seed, 90.0) for seed in range(4)]
+    assert found(Comparisons([*records, *wide], WIDE), measure).must_verdict == "reached"
+    for each in wide:
+        each["cost"]["per_token"] = {**each["cost"]["per_token"], "total": 900}
+    verdict = found(Comparisons([*records, *wide], WIDE), measure)
+    assert verdict.must_verdict == verdict.aim_verdict == "not measured"
+    assert "`wide` has not as many parameters as `cse`" in verdict.note
+
+
+def test_a_verdict_on_two_machines_says_so(mixed):
+    verdict = found(Comparisons(judged(mixed), WIDE), "long-tail perplexity, default CSE / dense widened")
+    assert "on two machines with seed 1" in verdict.note
+    assert found(Comparisons(judged(mixed), WIDE), "general perplexity").note == ""
+
+
+def test_an_interval_that_hides_a_loss_says_so(mixed):
+    """No loss beyond the interval is what was asked for; a wide one proves little."""
+    records = judged(mixed)
+    for each in records:
+        noise = 0.06 * (each["seed"] % 2) if each["arm"] == "cse" else 0.0
+        each["tasks"] = {"probe": {"sst2": 0.7 + noise, "qnli": 0.7 - 0.1 * (each["arm"] == "cse"), "mrpc": 0.7}}
+    notes = {task: found(Comparisons(records, WIDE), f"probe accuracy on {task}") for task in ("sst2", "qnli", "mrpc")}
+    assert notes["sst2"].must_verdict == "reached" and "exclude a loss of 0.0" in notes["sst2"].note
+    assert notes["qnli"].must_verdict == "missed" and notes["mrpc"].note == notes["qnli"].note == ""
+
+
+def test_a_task_that_fewer_seeds_have_says_so(mixed):
+    records = [dict(each) for each in mixed.records]
+    for each in records:
+        known = {"gad": 0.6} if each["seed"] < 3 else {}
+        each["tasks"] = {"probe": {"cola": 0.7, **known}} if each["arm"] != "wide" else {}
+        if each["arm"] == "oracle":
+            each["tasks"] = {"probe": {"gad": 0.65}}
+    records = [each for each in records if each["seed"] > 0 or each["arm"] != "dense"]
+    table = report_tables.task_table(Comparisons(records, ROLES), "probe")
+    assert cells(table, "cse") == {
+        "arm": "cse",
+        "seeds": "4",
+        "gad": "60.0, 3 seeds (0.0 [0.0, 0.0], 2 seeds)",
+        "cola": "70.0 (0.0 [0.0, 0.0], 3 seeds)",
+    }
+    assert cells(table, "dense")["seeds"] == "3" and cells(table, "dense")["gad"] == "60.0, 2 seeds"
