@@ -4,7 +4,7 @@
 from .clusters import ClusterView, plot_reclustering
 from .comparison_figures import cluster_names, plot_found_clusters, plot_gains
 from .figures import plot_run, read_metrics
-from .gains import Gain, Losses, measure_gain
+from .gains import LEAST_SEQUENCES, Gain, Losses, measure_gain
 from .terms import top_terms
 from .typical import passage, typical_rows
 from .verdict import CLARITY, Verdict, judge, rules
@@ -12,6 +12,7 @@ from .verdict import CLARITY, Verdict, judge, rules
 
 __all__ = [
     "CLARITY",
+    "LEAST_SEQUENCES",
     "ClusterView",
     "Gain",
     "Losses",

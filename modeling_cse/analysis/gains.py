@@ -23,6 +23,7 @@ class Gain:
         dense, cse: perplexities, exp of the token-mean loss; over seeds the geometric mean.
         ratio: of the two; below 1 is a gain.
         low, high: 95 % interval of the ratio; None where there is too little to tell.
+        seeds: trainings that have such a group; all numbers are of these.
     """
 
     sequences: int
@@ -31,6 +32,7 @@ class Gain:
     ratio: float
     low: float | None
     high: float | None
+    seeds: int = 1
 
     @property
     def better(self) -> bool:
@@ -85,6 +87,7 @@ def measure_gain(seeds: list[Losses], bootstrap_seed: int = 0) -> Gain | None:
         int(seeds_used[0].inside.sum()),
         *(float(np.exp(value)) for value in (dense.mean(), cse.mean(), logs.mean())),
         *(None if value is None else float(np.exp(value)) for value in (low, high)),
+        len(seeds_used),
     )
 
 

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass, field
 
-from .gains import Gain
+from .gains import LEAST_SEQUENCES, Gain
 
 
 # A gain in perplexity under one per cent is not worth another kind of model.
@@ -36,8 +36,8 @@ CLARITY = {
         "separation",
         "a separation in nats a token of",
         "Separation: what the cluster's own token frequencies, counted in the training sample, save over those of all "
-        "text, in nats a token of its held-out sequences; 0 is a cloud cut somewhere, and documents with passages on "
-        "both sides raise it",
+        f"text, in nats a token of its held-out sequences ({LEAST_SEQUENCES} or more of them); 0 is a cloud cut "
+        "somewhere, and documents with passages on both sides raise it",
         0.2,
     ),
 }
@@ -50,7 +50,8 @@ def rules(kind: str) -> str:
     clarity = CLARITY[kind]
     return (
         f"Rules. Clusters are clear if one with an expert has {clarity.phrase} {clarity.clear} or more, {FOUND:.0%} "
-        "of the held-out tokens find the cluster of their sequence, and some held-out sequence belongs to an expert. "
+        "of the held-out tokens find the cluster of their sequence, and some held-out sequence belongs to an expert, "
+        "with every seed. "
         'Of the 95 % intervals of the ratio: "yes" if the long tail lies below 1 and the common text does not lie '
         f'above 1; "hardly" if so, but the gain is under {1 - WORTH:.0%}; "mixed" if the long tail gains and the '
         f'common text loses; "no" if the long tail lies above 1, or above {WORTH} and the common text does not gain, '
@@ -83,24 +84,28 @@ def judge(
         seeds: trainings behind the gains.
         kind: of the clusters, a key of `CLARITY`.
     """
-    unclear = _unclear(tail, clearest, agreement, CLARITY[kind])
+    unclear = _unclear(tail, clearest, agreement, seeds, CLARITY[kind])
     reasons = [f"No clear clusters: {unclear}."] if unclear else []
     for name, gain in (("The long tail (text with an expert)", tail), ("The common text", common)):
         if gain is not None:
-            reasons.append(f"{name}: {_in_words(gain)}.")
+            reasons.append(f"{name}: {_in_words(gain, seeds)}.")
     answer = "no" if tail is None else _answer(tail, common)
     if unclear:
         answer = "cannot tell" if answer in ("yes", "mixed") else "no"
     return Verdict(answer, reasons, _advice(answer, tail, seeds))
 
 
-def _unclear(tail: Gain | None, clearest: float | None, agreement: float | None, clarity: Clarity) -> str | None:
+def _unclear(
+    tail: Gain | None, clearest: float | None, agreement: float | None, seeds: int, clarity: Clarity
+) -> str | None:
     if clearest is None:
-        return "no cluster with an expert has text to measure it on"
+        return "no cluster with an expert has text enough to measure it on"
     if clearest < clarity.clear:
         return f"the clearest with an expert has {clarity.phrase} {clearest:.2f}, under {clarity.clear}"
     if agreement is not None and agreement < FOUND:
         return f"{agreement:.0%} of the tokens find the cluster of their sequence, under {FOUND:.0%}"
+    if tail is not None and tail.seeds < seeds:
+        return f"{tail.seeds} of {seeds} trainings have held-out sequences that belong to a cluster with an expert"
     return "no held-out sequence belongs to a cluster with an expert" if tail is None else None
 
 
@@ -116,11 +121,14 @@ def _answer(tail: Gain, common: Gain | None) -> str:
     return "cannot tell"
 
 
-def _in_words(gain: Gain) -> str:
+def _in_words(gain: Gain, seeds: int) -> str:
+    ratio = f"ratio {gain.ratio:.3f}"
+    some = f" ({gain.seeds} of {seeds} seeds)" if gain.seeds < seeds else ""
     if gain.low is None:
-        return f"ratio {gain.ratio:.3f}, of too few sequences ({gain.sequences}) for an interval"
+        few = f", of too few sequences ({gain.sequences}) for an interval" if seeds == 1 else some
+        return ratio + few
     found = "a gain" if gain.better else "a loss" if gain.worse else "no difference beyond the interval"
-    return f"ratio {gain.ratio:.3f}, interval {gain.low:.3f} to {gain.high:.3f}: {found}"
+    return f"{ratio}, interval {gain.low:.3f} to {gain.high:.3f}{some}: {found}"
 
 
 def _advice(answer: str, tail: Gain | None, seeds: int) -> list[str]:

@@ -15,7 +15,7 @@ from sklearn.metrics import silhouette_samples
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from ..analysis import passage, read_metrics, top_terms, typical_rows
+from ..analysis import LEAST_SEQUENCES, passage, read_metrics, top_terms, typical_rows
 from ..clustering.evidence import separation
 from ..evaluation import SequenceClusters, sequence_clusters, sequence_losses
 from ..training.memory import replace_whole
@@ -88,12 +88,14 @@ def _kind(model: torch.nn.Module) -> str:
 
 
 def _clarities(model: torch.nn.Module, sample: SequenceClusters, held_out: SequenceClusters) -> list[float | None]:
-    """How clear each cluster is: its separation on held-out sequences, or the mean silhouette of its members in the
-    sample, -1 to 1. None where it has none of either."""
+    """How clear each cluster is: its separation on held-out sequences, at least `LEAST_SEQUENCES`, or the mean
+    silhouette of its members in the sample, -1 to 1. None where it has too few, or none."""
     count = len(sample.experts)
     if _kind(model) == "evidence":
         known = sample.ids, sample.clusters, held_out.ids, held_out.clusters
         found = separation(*known, count, model.config.vocab_size)
+        # of few sequences the clearest of several clusters is the luckiest
+        found[np.bincount(held_out.clusters, minlength=count) < LEAST_SEQUENCES] = np.nan
     else:
         found = np.full(count, np.nan)
         members = np.unique(sample.clusters)

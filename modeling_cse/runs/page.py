@@ -70,7 +70,7 @@ def write_page(folder: Path, extract: Extract, parts: list[Path], settings: dict
     sections = [
         _head(extract, settings, len(parts)),
         _verdict_section(verdict, found, kind),
-        _gains_section(gains, facts[0]),
+        _gains_section(gains, facts[0], len(parts)),
         _clusters_section(facts[0], agreement, len(parts)),
         *([] if found["domains"] is None else [_domains_section(found["domains"], facts[0], extract)]),
         _cost_section(facts),
@@ -174,10 +174,13 @@ def _verdict_section(verdict: Verdict, found: dict[str, Any], kind: str) -> str:
     return "\n".join(lines) + f"\n\n{rules(kind)}\n"
 
 
-def _gains_section(gains: dict[str, Gain], first: dict[str, Any]) -> str:
+def _gains_section(gains: dict[str, Gain], first: dict[str, Any], seeds: int) -> str:
     rows = [["validation perplexity", "sequences", "dense", "CSE", "CSE / dense", "95 % interval"]]
     for name, gain in gains.items():
-        span = "too few sequences" if gain.low is None else f"{gain.low:.3f} to {gain.high:.3f}"
+        few = "too few sequences" if seeds == 1 else ""
+        span = few if gain.low is None else f"{gain.low:.3f} to {gain.high:.3f}"
+        if gain.seeds < seeds:
+            span += f" ({gain.seeds} of {seeds} seeds)"
         numbers = [f"{gain.dense:.2f}", f"{gain.cse:.2f}", f"{gain.ratio:.3f}", span]
         rows.append([escape(name), str(gain.sequences), *numbers])
     text = {

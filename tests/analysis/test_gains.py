@@ -48,6 +48,7 @@ def test_with_seeds_the_interval_is_students_over_them():
     reach = t.ppf(0.975, 2) * logs.std(ddof=1) / np.sqrt(3)
     assert (gain.ratio, gain.low, gain.high) == pytest.approx(np.exp([-0.02, -0.02 - reach, -0.02 + reach]))
     one_of_three = [losses(0.02), *(Losses(*(np.zeros(9),) * 2, np.ones(9, int), np.zeros(9, bool)) for _ in range(2))]
+    assert gain.seeds == 3 and measure_gain(one_of_three).seeds == 1
     assert measure_gain(one_of_three).low is None  # one seed of three has such a group: no interval over seeds
 
 

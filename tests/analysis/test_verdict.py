@@ -1,13 +1,15 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """The verdict follows its rules, whatever anyone hopes for."""
 
+from dataclasses import replace
+
 import pytest
 
 from modeling_cse.analysis import CLARITY, Gain, judge, rules
 
 
 def gain(low, ratio, high) -> Gain:
-    return Gain(50, 30.0, 30.0 * ratio, ratio, low, high)
+    return Gain(50, 30.0, 30.0 * ratio, ratio, low, high, seeds=3)
 
 
 GAINS, LITTLE, LOSES = gain(0.9, 0.95, 0.98), gain(0.992, 0.995, 0.998), gain(1.01, 1.03, 1.05)
@@ -53,6 +55,16 @@ def test_without_clear_clusters_there_is_no_yes(tail, clearest, agreement, kind,
     assert verdict.answer == ("no" if tail is None else "cannot tell") and reason in verdict.reasons[0]
     assert judge(NOTHING, NOTHING, clearest, agreement, 3, kind).answer == "no" or tail is None
     assert judge(WIDE, NOTHING, 0.1, 0.9, 3, kind).answer == "no"
+
+
+def test_a_training_that_found_no_long_tail_forbids_a_yes():
+    """It would be left out of the mean: what failed would not count."""
+    some = replace(GAINS, seeds=2)
+    verdict = judge(some, NOTHING, clearest=0.6, agreement=0.9, seeds=3, kind="evidence")
+    assert verdict.answer == "cannot tell" and "2 of 3 trainings have held-out sequences" in verdict.reasons[0]
+    assert "(2 of 3 seeds): a gain" in verdict.reasons[1]
+    one = judge(replace(FEW, seeds=1), NOTHING, clearest=0.6, agreement=0.9, seeds=2, kind="states")
+    assert one.answer == "no" and one.reasons[1] == "The long tail (text with an expert): ratio 0.900 (1 of 2 seeds)."
 
 
 def test_each_kind_of_cluster_has_a_threshold_of_its_own():
