@@ -87,7 +87,7 @@ def measure_gain(seeds: list[Losses], bootstrap_seed: int = 0) -> Gain | None:
         int(seeds_used[0].inside.sum()),
         *(float(np.exp(value)) for value in (dense.mean(), cse.mean(), logs.mean())),
         *(None if value is None else float(np.exp(value)) for value in (low, high)),
-        len(seeds_used),
+        seeds=len(seeds_used),
     )
 
 
