@@ -83,12 +83,9 @@ def measure_gain(seeds: list[Losses], bootstrap_seed: int = 0) -> Gain | None:
         low, high = _student(logs)
     else:
         low, high = _bootstrap(seeds_used[0], bootstrap_seed)
-    return Gain(
-        int(seeds_used[0].inside.sum()),
-        *(float(np.exp(value)) for value in (dense.mean(), cse.mean(), logs.mean())),
-        *(None if value is None else float(np.exp(value)) for value in (low, high)),
-        seeds=len(seeds_used),
-    )
+    own, other, ratio = (float(np.exp(value)) for value in (dense.mean(), cse.mean(), logs.mean()))
+    ends = [None if value is None else float(np.exp(value)) for value in (low, high)]
+    return Gain(int(seeds_used[0].inside.sum()), own, other, ratio, ends[0], ends[1], len(seeds_used))
 
 
 def _student(logs: np.ndarray) -> tuple[float | None, float | None]:
