@@ -24,6 +24,8 @@ from modeling_cse.evaluation import Estimate, difference
 
 
 LEAST_SEEDS = 3
+# A loss of accuracy as large as this that an interval does not exclude is said beside the verdict.
+LOSS = 0.02
 REACHED, MISSED, NOT_MEASURED = "reached", "missed", "not measured"
 
 
@@ -61,7 +63,7 @@ def _judge(
 ) -> Verdict:
     measured = value is not None and value.seeds >= LEAST_SEEDS and allowed
     if value is not None and value.seeds < LEAST_SEEDS:
-        note = f"{value.seeds} of {LEAST_SEEDS} seeds" + (f"; {note}" if note else "")
+        note = _notes(f"{value.seeds} of {LEAST_SEEDS} seeds", note)
     return Verdict(
         measure,
         must[0],
@@ -71,10 +73,6 @@ def _judge(
         _verdict(measured and aim_allowed, lambda: aim[1](value)) if aim else "",
         note,
     )
-
-
-# A loss of so many points that an interval does not exclude is said beside the verdict.
-LOSS = 0.02
 
 
 def _hidden_loss(change: Estimate | None) -> str:
