@@ -161,7 +161,7 @@ def build_config(arm: Arm, family: str, size: dict[str, Any], tokenizer: PreTrai
     values |= {"vocab_size": len(tokenizer), **size, **_own_values(arm)}
     if values.get("cse_separator_token_id") == "end":
         values["cse_separator_token_id"] = end_token_id(tokenizer)
-    unknown = sorted(arm.model.keys() - config_class().to_dict().keys())
+    unknown = sorted(arm.model.keys() - config_class().to_dict().keys() - {"attn_implementation"})
     if unknown:
         raise ValueError(f"model={unknown} of {arm.name!r} is not allowed: {config_class.__name__} has no such value.")
     return config_class(**values)

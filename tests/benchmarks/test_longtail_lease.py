@@ -51,7 +51,7 @@ def test_legs_end_where_an_unbroken_run_does(plan, tmp_path, monkeypatch):
         assert "model" not in {path.name for path in legs.iterdir()}
     noted = json.loads((tmp_path / "kept_legs" / "lease.json").read_text())
     assert len(noted) == len(codes) and len(noted[-1]["finished"]) == 2 and not noted[-1]["left"]
-    assert set(noted[0]) == {"begun", "seconds", "finished", "left", "date", "machine", "versions"}
+    assert set(noted[0]) == {"begun", "seconds", "finished", "left", "date", "machine", "versions", "code"}
 
 
     records = keep.keep(tmp_path / "kept_legs" / "tiny", tmp_path / "corpus", tmp_path / "results")
