@@ -6,8 +6,8 @@ from scipy.sparse import csr_matrix, triu
 from scipy.sparse.csgraph import connected_components
 
 
-# Two texts that have this share of their places in common are one. Two masks of 15 % leave at least 0.72 of them;
-# texts of a corpus that only begin alike have less than half.
+# Two texts that have this share of their places in common are one. Two masks of 15 % leave about three quarters of
+# them; texts that only begin alike (forms, templates) are meant to have less than half.
 LEAST_SHARED = 0.5
 # Only texts with a run of tokens in common are compared: all pairs of a sample would be millions.
 RUN = 2
