@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from modeling_cse.clustering import held_out
-from modeling_cse.clustering.copies import first_copies
+from modeling_cse.clustering.copies import LEAST_SHARED, ROWS, first_copies
 
 
 MASK = 3
@@ -35,6 +35,22 @@ def test_texts_without_masks_are_copies_where_they_are_equal():
     plain = texts(30, 3)
     sample = np.concatenate([plain, plain[::-1]])
     np.testing.assert_array_equal(first_copies(sample), np.append(np.arange(30), np.arange(30)[::-1]))
+
+
+def test_copies_lie_anywhere_in_a_large_sample():
+    plain = texts(ROWS + 50, 64)
+    sample = np.concatenate([masked(plain, 1), masked(plain, 2)[::-1]])
+    np.testing.assert_array_equal(first_copies(sample), np.append(np.arange(ROWS + 50), np.arange(ROWS + 50)[::-1]))
+
+
+def test_half_of_the_places_make_a_copy_wherever_they_are():
+    """Every second place alike, and no two in a row; one place less is another text."""
+    plain = texts(1, 64).repeat(3, axis=0)
+    plain[1, ::2] += 1000
+    plain[2, ::2] += 2000
+    plain[2, 1] += 2000
+    assert (plain[0] == plain[1]).mean() == LEAST_SHARED
+    np.testing.assert_array_equal(first_copies(plain), [0, 0, 2])
 
 
 def test_texts_that_begin_alike_or_elsewhere_are_not_copies():
