@@ -134,7 +134,7 @@ def check_alike(records: list[dict[str, Any]]) -> None:
     Raises:
         ValueError: records that cannot be compared: seeds of one arm with other settings, or another size, corpus or
             number of steps, or tasks that were measured in another way. Records that do not say how (those until
-            2026-11-29) are let through.
+            2026-11-29) stand among themselves.
     """
     by_arm: dict[str, tuple] = {}
     for record in records:
@@ -149,8 +149,9 @@ def check_alike(records: list[dict[str, Any]]) -> None:
             raise ValueError(f"{name}={others[0]!r} is not allowed beside {alike[0]!r}: a table has one for all runs.")
     by_method: dict[str, dict[str, Any]] = {}
     for record in records:
-        for method, settings in record.get("task_settings", {}).items():
-            own = {name: value for name, value in settings.items() if name != "model"}  # each run has its own
+        for method in record["tasks"]:
+            said = record.get("task_settings", {}).get(method, {})
+            own = {name: value for name, value in said.items() if name != "model"}  # each run has its own
             known = by_method.setdefault(method, own)
             if own != known:
                 raise ValueError(

@@ -356,11 +356,19 @@ def test_tasks_that_were_measured_in_another_way_are_refused(tmp_path, corpus, p
         keep.keep(tmp_path / "tiny", place, results)
     assert not (results / "tiny" / "main" / "cse-1.json").exists()
     shutil.rmtree(folder / "cse-1")
-    # records that do not say how they were measured
-    silent = json.loads(paths[0].read_text())
-    del silent["task_settings"]
-    paths[0].with_name(f"{silent['arm']}-2.json").write_text(json.dumps(silent))
-    assert len(keep.keep(tmp_path / "tiny", place, results)) == 2
+
+
+def test_tasks_that_do_not_say_how_they_were_measured_stand_among_themselves(tmp_path, corpus, place):
+    folder, results = tmp_path / "tiny" / "main", tmp_path / "out"
+    write_run(folder, ARMS["dense"], 0, corpus, tasks={"gad": 0.5})
+    (path,) = keep.keep(tmp_path / "tiny", place, results)
+    silent = {**json.loads(path.read_text()), "task_settings": {}}
+    for seed in (1, 2):
+        path.with_name(f"dense-{seed}.json").write_text(json.dumps(silent))
+    with pytest.raises(ValueError, match=r"task_settings\['probe'\]=.*False.* is not allowed in dense-0 beside \{\}"):
+        keep.keep(tmp_path / "tiny", place, results)
+    path.unlink()
+    assert len(keep.read_records(path.parent)) == 2
 
 
 def test_runs_of_another_mixture_are_refused(tmp_path, corpus, place):
