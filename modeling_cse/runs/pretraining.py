@@ -160,7 +160,7 @@ class Pretraining:
 
     def _load_corpus(self) -> DatasetDict | IterableDatasetDict:
         data = self.data_arguments
-        few = bool(data.smoke) and not data.streaming
+        few = bool(data.smoke)
         corpus = load_corpus(
             dataset_name=data.dataset_name,
             dataset_config_name=data.dataset_config_name,

@@ -4,35 +4,63 @@
 from typing import cast
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from .arguments import DataArguments
 from .extract import CHARACTERS_PER_TOKEN
 
 
-def little_text(corpus: DatasetDict, data: DataArguments, sequences: int, seed: int) -> DatasetDict:
+def little_text(
+    corpus: DatasetDict | IterableDatasetDict, data: DataArguments, sequences: int, seed: int
+) -> DatasetDict | IterableDatasetDict:
     """
     The part of a corpus that `--smoke` reads. Where documents are short it is more of them, lest a domain fills no
-    block that fills many in the run itself.
+    block that fills many in the run itself; of a stream, whose domains are not known beforehand, lest all of it fills
+    too few.
 
     Args:
         sequences: that are trained on.
     """
     sizes = {"train": (data.max_train_samples, sequences), "validation": (data.max_eval_samples, 1)}
-    return DatasetDict(
-        {
-            split: few_documents(
-                corpus[split],
-                cast(int, count),
+    few: dict[str, Dataset] = {}
+    first: dict[str, IterableDataset] = {}
+    for split, (samples, blocks) in sizes.items():
+        documents, count = corpus[split], cast(int, samples)
+        if isinstance(documents, IterableDataset):
+            first[split] = first_documents(
+                documents, count, blocks=blocks, block_size=data.block_size, text_column=data.text_column
+            )
+        else:
+            few[split] = few_documents(
+                documents,
+                count,
                 blocks=blocks,
                 block_size=data.block_size,
                 text_column=data.text_column,
                 domain_column=data.domain_column,
                 seed=seed,
             )
-            for split, (count, blocks) in sizes.items()
-        }
-    )
+    return DatasetDict(few) if few else IterableDatasetDict(first)
+
+
+def first_documents(
+    documents: IterableDataset, count: int, *, blocks: int, block_size: int, text_column: str
+) -> IterableDataset:
+    """
+    The beginning of a stream, which is read once for that.
+
+    Args:
+        documents: a split, with text in every row.
+        count: documents to take; where they are short, more of them.
+        blocks: that their text is to fill.
+        block_size: tokens of a block.
+    """
+    wanted, taken = blocks * block_size * CHARACTERS_PER_TOKEN, 0
+    for taken, row in enumerate(documents, start=1):
+        wanted -= len(row[text_column])
+        if taken >= count and wanted <= 0:
+            break
+    return documents.take(taken)
 
 
 def few_documents(
