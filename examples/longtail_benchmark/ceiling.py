@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """How much of the oracle's gain can routes keep that read from left to right? A bound, without new training.
 
-    python examples/longtail_benchmark/ceiling.py --size cpu_short --seeds 0 1 2 --output ceiling.json
+    python examples/longtail_benchmark/ceiling.py --size cpu --seeds 3 4 --output ceiling.json
 
 The oracle's experts were trained with each text's domain told from its first token on. Here they answer where evidence
 sends the tokens, and evidence is *taught* the domains of training blocks: no cluster has to be found. What is missing
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from blocks import held_out_blocks
+from comparisons import Roles
 from corpus import Corpus
 from measure import measure
 from origin import origin
@@ -84,22 +85,31 @@ def told_perplexity(run: Path) -> dict[str, float]:
     return result["test"]["perplexity"]
 
 
-def compare(runs: Path, corpus: Corpus, seeds: Sequence[int], sizes: Sequence[int]) -> list[dict]:
+def compare(
+    runs: Path, corpus: Corpus, seeds: Sequence[int], sizes: Sequence[int], arm: str = Roles.oracle
+) -> list[dict]:
     """
     A row a number of texts that teach: the share of the oracle's gain on the long tail, over the seeds, and test
     perplexities over the dense twin's by seed and domain.
+
+    Args:
+        runs: folder of `<arm>-<seed>`, finished.
+        corpus: of the runs.
+        seeds: of the dense model and the oracle.
+        sizes: training blocks that teach.
+        arm: the oracle.
     """
     dense, oracle = (
-        {seed: with_long_tail(told_perplexity(runs / f"{arm}-{seed}")) for seed in seeds}
-        for arm in ("dense", "oracle")
+        {seed: with_long_tail(told_perplexity(runs / f"{name}-{seed}")) for seed in seeds}
+        for name in (Roles.baseline, arm)
     )
     rows = []
     for texts in sizes:
         taught = {
-            seed: with_long_tail(taught_perplexity(runs / f"oracle-{seed}", corpus, teach(corpus, texts, seed)))
+            seed: with_long_tail(taught_perplexity(runs / f"{arm}-{seed}", corpus, teach(corpus, texts, seed)))
             for seed in seeds
         }
-        tails = ({seed: each[LONG_TAIL] for seed, each in arm.items()} for arm in (taught, oracle, dense))
+        tails = ({seed: each[LONG_TAIL] for seed, each in of.items()} for of in (taught, oracle, dense))
         share = share_of_gain(*tails)
         over = {
             seed: {name: value / dense[seed][name] for name, value in each.items()} for seed, each in taught.items()
@@ -116,12 +126,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--corpus", type=Path, default=Path("runs/longtail/corpus/main"))
     parser.add_argument("--runs", type=Path, default=Path("runs/longtail"), help="folder with <size>/<corpus>/...")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--oracle", default=Roles.oracle, metavar="ARM")
     parser.add_argument("--texts", type=int, nargs="+", default=[2048, 16000], help="training blocks that teach")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args(arguments)
     corpus = Corpus.load(given.corpus)
-    rows = compare(given.runs / given.size / given.corpus.name, corpus, given.seeds, given.texts)
-    record = {"size": given.size, "corpus": given.corpus.name, "rows": rows, **origin()}
+    rows = compare(given.runs / given.size / given.corpus.name, corpus, given.seeds, given.texts, given.oracle)
+    record = {"size": given.size, "corpus": given.corpus.name, "oracle": given.oracle, "rows": rows, **origin()}
     given.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

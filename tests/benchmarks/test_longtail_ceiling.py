@@ -27,11 +27,11 @@ def made(tmp_path_factory):
 def test_routes_that_were_taught_come_near_the_oracle(made, tmp_path):
     folder, _ = made
     arguments = ["--size", "tiny", "--corpus", folder / "main", "--runs", folder / "runs", "--seeds", 0]
-    arguments += ["--texts", 100, "--output", tmp_path / "ceiling.json"]
+    arguments += ["--oracle", "oracle", "--texts", 100, "--output", tmp_path / "ceiling.json"]
     ceiling.main([*map(str, arguments)])
     record = json.loads((tmp_path / "ceiling.json").read_text())
     (row,) = record["rows"]
-    assert row["texts"] == 100 and 0.5 < row["share_of_oracle"]["value"] < 1.05
+    assert record["oracle"] == "oracle" and row["texts"] == 100 and 0.5 < row["share_of_oracle"]["value"] < 1.05
     assert set(row["over_dense"]["0"]) == {"general", "legal", "medical", "long-tail"}
     assert row["over_dense"]["0"]["long-tail"] < 1
 
@@ -67,5 +67,7 @@ def test_what_is_not_there_is_named(made):
     folder, corpus = made
     with pytest.raises(ValueError, match="'dense-7' is not there, or not finished"):
         ceiling.compare(folder / "runs/tiny/main", corpus, [7], [100])
+    with pytest.raises(ValueError, match="'oracle_wide-0' is not there, or not finished"):
+        ceiling.compare(folder / "runs/tiny/main", corpus, [0], [100])
     with pytest.raises(ValueError, match="texts=1 is not allowed: they are of"):
         ceiling.teach(corpus, 1, seed=0)
