@@ -11,8 +11,8 @@ these experts were trained under labels, not under such routes.
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from origin import origin
 from records import read_result
 from routes import ids_and_domains
 from run_folders import Run
-from run_records import LONG_TAIL, with_long_tail
+from run_records import LONG_TAIL, by_position, with_long_tail
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
@@ -63,34 +63,54 @@ def teach(corpus: Corpus, texts: int, seed: int) -> Evidence:
     return Evidence.fit(ids[drawn], labels, shares, len(corpus.tokenizer), held_out(len(labels)))
 
 
-def taught_perplexity(run: Path, corpus: Corpus, evidence: Evidence) -> dict[str, float]:
-    """Test perplexity by domain of a finished oracle under routes that were taught, in the precision of its training:
-    that of the figures it is compared with."""
+@dataclass(frozen=True)
+class Found:
+    """
+    What a model makes of the test text.
+
+    Fields:
+        perplexity: by domain, and of the long tail.
+        by_position: the same by ranges of positions of the token that predicts.
+    """
+
+    perplexity: dict[str, float]
+    by_position: dict[str, dict[str, float]]
+
+
+def taught(run: Path, corpus: Corpus, evidence: Evidence) -> Found:
+    """A finished oracle under routes that were taught, in the precision of its training: that of the figures it is
+    compared with."""
     causal = corpus.mixture.family == "gpt2"
     auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     model = TaughtRoutes(auto.from_pretrained(run / "model"), evidence)
     bf16 = Run.load(run).training.get("bf16") or False
     losses = measure(model, held_out_blocks(corpus.test, corpus), causal, bf16)
-    return {name: losses.perplexity(name) for name in sorted(corpus.mixture.shares)}
+    perplexity = {name: losses.perplexity(name) for name in sorted(corpus.mixture.shares)}
+    nll = np.where(losses.predicted, losses.nll, 0.0).astype(np.float64)
+    places = by_position(nll, losses.predicted, losses.domains, corpus.mixture.block_size)
+    return Found(with_long_tail(perplexity), places)
 
 
-def told_perplexity(run: Path) -> dict[str, float]:
-    """Test perplexity by domain of a finished run.
+def told(run: Path, corpus: Corpus) -> Found:
+    """A run as it was measured when it had finished.
 
     Raises:
         ValueError: it is not finished.
     """
     if (result := read_result(run)) is None:
         raise ValueError(f"runs={str(run.parent)!r} is not allowed: {run.name!r} is not there, or not finished.")
-    return result["test"]["perplexity"]
+    nll, predicted, _ = Run.load(run).token_losses()
+    domains = np.asarray(corpus.test["domain"][:])
+    places = by_position(np.where(predicted, nll, 0.0), predicted, domains, corpus.mixture.block_size)
+    return Found(with_long_tail(result["test"]["perplexity"]), places)
 
 
 def compare(
     runs: Path, corpus: Corpus, seeds: Sequence[int], sizes: Sequence[int], arm: str = Roles.oracle
 ) -> list[dict]:
     """
-    A row a number of texts that teach: the share of the oracle's gain on the long tail, over the seeds, and test
-    perplexities over the dense twin's by seed and domain.
+    A row a number of texts that teach: the share of the oracle's gain on the long tail, over the seeds, in all and by
+    position; and test perplexities over the dense twin's by seed and domain.
 
     Args:
         runs: folder of `<arm>-<seed>`, finished.
@@ -99,24 +119,28 @@ def compare(
         sizes: training blocks that teach.
         arm: the oracle.
     """
-    dense, oracle = (
-        {seed: with_long_tail(told_perplexity(runs / f"{name}-{seed}")) for seed in seeds}
-        for name in (Roles.baseline, arm)
-    )
+    dense, oracle = ({seed: told(runs / f"{name}-{seed}", corpus) for seed in seeds} for name in (Roles.baseline, arm))
     rows = []
     for texts in sizes:
-        taught = {
-            seed: with_long_tail(taught_perplexity(runs / f"{arm}-{seed}", corpus, teach(corpus, texts, seed)))
-            for seed in seeds
-        }
-        tails = ({seed: each[LONG_TAIL] for seed, each in of.items()} for of in (taught, oracle, dense))
-        share = share_of_gain(*tails)
+        found = {seed: taught(runs / f"{arm}-{seed}", corpus, teach(corpus, texts, seed)) for seed in seeds}
+        places = next(iter(found.values())).by_position
         over = {
-            seed: {name: value / dense[seed][name] for name, value in each.items()} for seed, each in taught.items()
+            seed: {name: value / dense[seed].perplexity[name] for name, value in each.perplexity.items()}
+            for seed, each in found.items()
         }
-        rows.append({"texts": texts, "share_of_oracle": None if share is None else asdict(share), "over_dense": over})
+        row = {"texts": texts, "share_of_oracle": _share(lambda one: one.perplexity, found, oracle, dense)}
+        row["by_position"] = {
+            place: _share(lambda one, place=place: one.by_position[place], found, oracle, dense) for place in places
+        }
+        rows.append({**row, "over_dense": over})
         print(rows[-1], flush=True)
     return rows
+
+
+def _share(read: Callable[[Found], dict[str, float]], *parts: dict[int, Found]) -> dict | None:
+    """Of the oracle's gain on the long tail what taught routes keep, given what was found by seed."""
+    share = share_of_gain(*({seed: read(one)[LONG_TAIL] for seed, one in part.items()} for part in parts))
+    return None if share is None else asdict(share)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

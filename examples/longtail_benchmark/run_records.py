@@ -100,7 +100,7 @@ def record_of(run: Run, start: Run | None, blocks: TestBlocks) -> dict:
         "start": arm.start,
         "domain": arm.domain,
         "perplexity": with_long_tail(measured),
-        "by_position": _by_position(nll, predicted, blocks.domains, run.settings["mixture"]["block_size"]),
+        "by_position": by_position(nll, predicted, blocks.domains, run.settings["mixture"]["block_size"]),
         "by_frequency": {str(n): _by_frequency(nll, predicted, scores) for n, scores in blocks.scores.items()},
         "purity": {site: _purity(ids, blocks.domains) for site, ids in experts.items()},
         "routed": {
@@ -123,7 +123,7 @@ def _by_domain(nll: np.ndarray, predicted: np.ndarray, domains: np.ndarray) -> d
     return metric.compute(predictions=nll.sum(1), references=predicted.sum(1), domains=domains)["perplexity_by_domain"]
 
 
-def _by_position(nll: np.ndarray, predicted: np.ndarray, domains: np.ndarray, block_size: int) -> dict[str, dict]:
+def by_position(nll: np.ndarray, predicted: np.ndarray, domains: np.ndarray, block_size: int) -> dict[str, dict]:
     """Perplexities by the position of the token that predicts, whose route it is."""
     return {
         f"{first}-{last}": with_long_tail(_by_domain(nll[:, first:last], predicted[:, first:last], domains))
@@ -145,4 +145,4 @@ def _purity(experts: np.ndarray, domains: np.ndarray) -> dict[str, dict[str, flo
     }
 
 
-__all__ = ["LONG_TAIL", "TestBlocks", "position_bins", "record_of", "with_long_tail"]
+__all__ = ["LONG_TAIL", "TestBlocks", "by_position", "position_bins", "record_of", "with_long_tail"]

@@ -34,6 +34,8 @@ def test_routes_that_were_taught_come_near_the_oracle(made, tmp_path):
     assert record["oracle"] == "oracle" and row["texts"] == 100 and 0.5 < row["share_of_oracle"]["value"] < 1.05
     assert set(row["over_dense"]["0"]) == {"general", "legal", "medical", "long-tail"}
     assert row["over_dense"]["0"]["long-tail"] < 1
+    first, then = (row["by_position"][place]["value"] for place in ("0-8", "8-32"))
+    assert first < then < 1.05
 
 
 def test_evidence_that_says_nothing_leaves_the_base_alone(made):
@@ -42,8 +44,8 @@ def test_evidence_that_says_nothing_leaves_the_base_alone(made):
     evidence = ceiling.teach(corpus, 100, seed=0)
     evidence.table[:] = 0
     evidence.shares[:] = [0.98, 0.01, 0.01]
-    found = ceiling.taught_perplexity(folder / "runs/tiny/main/oracle-0", corpus, evidence)
-    told = ceiling.told_perplexity(folder / "runs/tiny/main/oracle-0")
+    found = ceiling.taught(folder / "runs/tiny/main/oracle-0", corpus, evidence).perplexity
+    told = ceiling.told(folder / "runs/tiny/main/oracle-0", corpus).perplexity
     assert found["general"] == pytest.approx(told["general"], rel=1e-5)
     assert found["legal"] > told["legal"] and found["medical"] > told["medical"]
 
@@ -55,11 +57,11 @@ def test_taught_routes_are_measured_in_the_precision_of_training(made, tmp_path)
     run = tmp_path / "oracle-0"
     train(read_arms(arms)["oracle"], 0, Size.load(str(size)), corpus, run)
     evidence = ceiling.teach(corpus, 100, seed=0)
-    in_bf16 = ceiling.taught_perplexity(run, corpus, evidence)
+    in_bf16 = ceiling.taught(run, corpus, evidence).perplexity
     settings = json.loads((run / "run.json").read_text())
     settings["size"]["training"]["bf16"] = None
     (run / "run.json").write_text(json.dumps(settings))
-    in_fp32 = ceiling.taught_perplexity(run, corpus, evidence)
+    in_fp32 = ceiling.taught(run, corpus, evidence).perplexity
     assert in_bf16 != in_fp32 and in_bf16 == pytest.approx(in_fp32, rel=1e-2)
 
 
