@@ -86,7 +86,7 @@ def taught(run: Path, corpus: Corpus, evidence: Evidence) -> Found:
     bf16 = Run.load(run).training.get("bf16") or False
     losses = measure(model, held_out_blocks(corpus.test, corpus), causal, bf16)
     perplexity = {name: losses.perplexity(name) for name in sorted(corpus.mixture.shares)}
-    nll = np.where(losses.predicted, losses.nll, 0.0).astype(np.float64)
+    nll = losses.nll.astype(np.float64)
     places = by_position(nll, losses.predicted, losses.domains, corpus.mixture.block_size)
     return Found(with_long_tail(perplexity), places)
 
@@ -101,7 +101,7 @@ def told(run: Path, corpus: Corpus) -> Found:
         raise ValueError(f"runs={str(run.parent)!r} is not allowed: {run.name!r} is not there, or not finished.")
     nll, predicted, _ = Run.load(run).token_losses()
     domains = np.asarray(corpus.test["domain"][:])
-    places = by_position(np.where(predicted, nll, 0.0), predicted, domains, corpus.mixture.block_size)
+    places = by_position(nll, predicted, domains, corpus.mixture.block_size)
     return Found(with_long_tail(result["test"]["perplexity"]), places)
 
 

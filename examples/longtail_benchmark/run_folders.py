@@ -108,8 +108,8 @@ class Run:
     def token_losses(self, split: str = "test") -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """
         Returns:
-            nats of each predicted token, float64 (N, T - 1) of a causal or (N, T) of a masked model; which of them
-            were predicted; and the expert of every token (N, T) by site.
+            nats of each predicted token, float64 (N, T - 1) of a causal or (N, T) of a masked model, 0 for the others;
+            which were predicted; and the expert of every token (N, T) by site.
 
         Raises:
             ValueError: the losses of a masked model do not say which tokens were predicted.
@@ -122,7 +122,7 @@ class Run:
             )
         predicted = tensors["predicted"].astype(bool) if "predicted" in tensors else np.ones(nll.shape, bool)
         experts = {name.removeprefix("experts."): ids for name, ids in tensors.items() if name.startswith("experts.")}
-        return nll, predicted, experts
+        return np.where(predicted, nll, 0.0), predicted, experts
 
 
 def _home(folder: Path) -> Path:

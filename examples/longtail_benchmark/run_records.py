@@ -80,7 +80,6 @@ def record_of(run: Run, start: Run | None, blocks: TestBlocks) -> dict:
             f"folder={str(run.folder)!r} is not allowed: it holds losses of {len(nll)} blocks, the corpus has "
             f"{len(blocks.domains)} for the test."
         )
-    nll = np.where(predicted, nll, 0.0)
     by_domain = _by_domain(nll, predicted, blocks.domains)
     measured = run.result["test"]["perplexity"]
     # token losses are kept in 16 bits, perplexities were computed before that
@@ -124,7 +123,15 @@ def _by_domain(nll: np.ndarray, predicted: np.ndarray, domains: np.ndarray) -> d
 
 
 def by_position(nll: np.ndarray, predicted: np.ndarray, domains: np.ndarray, block_size: int) -> dict[str, dict]:
-    """Perplexities by the position of the token that predicts, whose route it is."""
+    """
+    Perplexities by the position of the token that predicts, whose route it is.
+
+    Args:
+        nll: (N, T) nats, 0 where nothing is predicted.
+        predicted: (N, T) bool.
+        domains: (N,) of the blocks.
+        block_size: tokens of a block.
+    """
     return {
         f"{first}-{last}": with_long_tail(_by_domain(nll[:, first:last], predicted[:, first:last], domains))
         for first, last in position_bins(block_size)
