@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 from scipy.special import log_softmax
 
 from ..evidence_cse import INDEPENDENT
@@ -74,6 +74,22 @@ class Evidence:
                 if likelihood > likeliest:
                     best, likeliest = cls(whole.table * np.float32(temper), shares, smoothing, temper), likelihood
         return cast(Evidence, best)  # any finite likelihood is above -inf
+
+    def counted_on(self, ids: np.ndarray, labels: np.ndarray, more: np.ndarray) -> "Evidence":
+        """
+        The same clusters, smoothing and temper, counted on further texts too: token frequencies of a rare cluster are
+        rough where a sample has few texts of it. A further text belongs to the cluster that this evidence gives it.
+
+        Args:
+            ids, labels: (N, L) and (N,), the texts that this evidence was fitted on.
+            more: (M, L') further ones.
+        """
+        vocab_size, inside = len(self.table), labels >= 0
+        counts = vstack([count_tokens(ids[inside], vocab_size), count_tokens(more, vocab_size)], format="csr")
+        of_counts = np.concatenate([labels[inside], self.of_texts(more)])
+        table = log_ratios(counts, of_counts, len(self.shares), self.smoothing) * np.float32(self.temper)
+        table[np.asarray(counts.sum(axis=0))[0] == 0] = 0.0
+        return Evidence(table, self.shares, self.smoothing, self.temper)
 
     def sums(self, ids: np.ndarray) -> np.ndarray:
         """Evidence of all tokens up to each one, discounted by their number: (N, L, K) float64."""

@@ -63,6 +63,12 @@ class RoutingFeatures:
         `present`."""
         return replace(self, tokens=self.tokens[:, :0], positions=self.positions[:, :1])
 
+    def without_states(self) -> "RoutingFeatures":
+        """For those who only count tokens: nothing of the size of a state is kept."""
+        nothing = self.embeddings.new_zeros((len(self), 0))
+        first = self.positions[:, :1].clone()  # for `present`; a view would keep the rest in memory
+        return replace(self, embeddings=nothing, tokens=nothing.unsqueeze(1)[:, :0], positions=first)
+
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RoutingFeatures":
         return RoutingFeatures(**{name: change(tensor) for name, tensor in vars(self).items()})
 
@@ -154,11 +160,13 @@ def sample_features(
 
 
 class FeatureStore:
-    """Keeps the last `capacity` sequences that were added: memory does not grow with the corpus."""
+    """Keeps the last `capacity` sequences that were added, and of the `texts` before them the tokens alone: memory
+    does not grow with the corpus."""
 
-    def __init__(self, capacity: int):
-        self.capacity = capacity
+    def __init__(self, capacity: int, texts: int = 0):
+        self.capacity, self.texts = capacity, texts
         self.parts: list[RoutingFeatures] = []
+        self.older: list[RoutingFeatures] = []
         self.seen = 0
         self._taken = 0
         self.passes = 0
@@ -171,13 +179,10 @@ class FeatureStore:
         self.seen += len(features)
         self.parts.append(replace(features, passes=torch.full_like(features.passes, self.passes)))
         self.passes += 1
-        surplus = len(self) - self.capacity
-        while surplus > 0:
-            dropped = min(surplus, len(self.parts[0]))
-            self.parts[0] = self.parts[0][dropped:]
-            if not len(self.parts[0]):
-                self.parts.pop(0)
-            surplus -= dropped
+        dropped = _drop_oldest(self.parts, self.capacity)
+        if self.texts:
+            self.older += [part.without_states() for part in dropped]
+            _drop_oldest(self.older, self.texts)
 
     def all(self) -> RoutingFeatures | None:
         """Everything kept that had a token, on the CPU, oldest first; None when empty."""
@@ -187,6 +192,15 @@ class FeatureStore:
     def as_it_is(self) -> RoutingFeatures | None:
         """Everything kept, also what `present` leaves out: for a checkpoint, from which `restore` goes on the same."""
         return RoutingFeatures.concatenate([part.cpu() for part in self.parts]) if self.parts else None
+
+    def older_texts(self) -> RoutingFeatures | None:
+        """The texts before what is kept whole, on the CPU, oldest first; None where there are none."""
+        return RoutingFeatures.concatenate([part.cpu() for part in self.older]) if self.older else None
+
+    def all_texts(self) -> RoutingFeatures | None:
+        """The tokens of everything kept, `older_texts` first; None when empty."""
+        kept = [*self.older, *(part.without_states() for part in self.parts)]
+        return RoutingFeatures.concatenate([part.cpu() for part in kept]) if kept else None
 
     def newest(self) -> RoutingFeatures | None:
         """What was added since the last call, as far as it is still kept, on the CPU; None if nothing was."""
@@ -199,11 +213,26 @@ class FeatureStore:
         return RoutingFeatures.concatenate(parts[::-1]).present() if parts else None
 
     def clear(self) -> None:
-        self.parts = []
+        self.parts, self.older = [], []
         self._taken = self.seen
 
-    def restore(self, features: RoutingFeatures | None, seen: int, passes: int) -> None:
-        """Takes up what a checkpoint holds."""
+    def restore(
+        self, features: RoutingFeatures | None, seen: int, passes: int, older: RoutingFeatures | None = None
+    ) -> None:
+        """Takes up what a checkpoint holds: `as_it_is` and `older_texts`."""
         self.parts = [] if features is None else [features]
+        self.older = [] if older is None else [older]
         self.seen = self._taken = seen
         self.passes = passes
+
+
+def _drop_oldest(parts: list[RoutingFeatures], most: int) -> list[RoutingFeatures]:
+    """Takes away the first sequences of a list, in place, so that no more than `most` stay, and gives them back."""
+    surplus, dropped = sum(map(len, parts)) - most, []
+    while surplus > 0:
+        first = parts.pop(0)
+        dropped.append(first[:surplus])
+        if surplus < len(first):
+            parts.insert(0, first[surplus:])
+        surplus -= len(first)
+    return dropped

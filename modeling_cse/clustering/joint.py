@@ -52,6 +52,7 @@ def fit_texts(
     vocab_size: int,
     num_experts: int,
     max_clusters: int,
+    older: np.ndarray | None = None,
 ) -> JointFit:
     """
     Clusters texts by their tokens (or takes their labels), matches the clusters to those of the fit before, and gives
@@ -65,6 +66,7 @@ def fit_texts(
         identities: P clusters of the fits before. In place of a centroid each has its evidence (V,), in place of a
             radius its share: a new cluster continues the one whose texts it has.
         vocab_size: V. num_experts: slots. max_clusters: how many the routers can hold.
+        older: (M, L') texts that no cluster is looked for in, but whose tokens are counted for evidence.
 
     Raises:
         ValueError: see `find_clusters`; labels with gaps, or none at all.
@@ -80,6 +82,9 @@ def fit_texts(
     lengths = (ids >= 0).sum(axis=1)
     shares = np.bincount(labels[labels >= 0], lengths[labels >= 0]) / lengths[labels >= 0].sum()
     evidence = Evidence.fit(ids, labels, shares, vocab_size, held)
+    # afterwards: what is held out may be among them, from an epoch before, and must not choose smoothing and temper
+    if older is not None and len(older):
+        evidence = evidence.counted_on(ids[~held], labels[~held], older)
     apart = separations(ids, labels, len(clustering), vocab_size) if settings.common_by == SEPARATION else None
     before = Evidence(identities.centroids.T, identities.radii).of_texts(ids)
     ownership = assign_experts(

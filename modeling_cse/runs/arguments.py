@@ -133,6 +133,9 @@ class ClusterArguments:
     projection: str | None = _flag("auto", "Dimensions of a random projection before clustering, none, or auto.")
     min_cluster_share: float | None = _flag(None, "Smallest share that dbscan and hdbscan call a cluster.")
     sample_size: int = _flag(2048, "Sequences kept for a fit.")
+    evidence_size: int | None = _flag(
+        None, "Sequences whose tokens are counted for evidence, the sample and those before it. Default: the sample."
+    )
     patience: int = _flag(3, "Fits a cluster may be absent or common before it loses its expert.")
     ema_decay: float | None = _flag(None, "Weight of the past for one sequence with ema. Default 0.999.")
     layer_budget: int | None = _flag(None, "Of the layers, how many get experts. Default: all; 2 with auto.")
@@ -161,7 +164,7 @@ class ClusterArguments:
         that one recipe serves a run and its controls."""
         self.algorithm, self.update, self.num_clusters, self.projection = "given", "frozen", None, "auto"
         self.min_cluster_share, self.ema_decay, self.recluster_until, self.recluster_growth = None, None, None, 1.0
-        self.common_by = None
+        self.common_by, self.evidence_size = None, None
 
     def callback_arguments(self, seed: int) -> dict[str, Any]:
         """Arguments of `ClusterExpertsCallback`."""

@@ -14,7 +14,7 @@ from ..clustering import ClusterSettings, move_clusters
 from ..dispatch_cse import RoutedModule, Site
 from ..sharding_cse import is_sharded
 from .ahead import can_read_ahead, read_ahead
-from .checking import check_late, check_model, check_warmup, is_joint, refuse_replicas
+from .checking import check_late, check_model, check_warmup, is_count, is_joint, is_share, refuse_replicas
 from .checkpoints import check_sums
 from .collecting import FeatureCollector, refuse_adapters, refuse_parallel_plans, routed_base_model
 from .fitting import fit_layers
@@ -60,6 +60,8 @@ class ClusterExpertsCallback(TrainerCallback):
         common_share (`float` or `"elbow"`): clusters are common, in the order of `common_by`, until together they hold
             this share; the others are long-tail. Default: 0.75 for `"text"`, otherwise 0.7.
         sample_size (`int`): sequences kept per fit, over all processes.
+        evidence_size (`int`): sequences whose tokens are counted for `cse_routing="evidence"`: those of the sample,
+            and the ones before them, each for the cluster that the sample's evidence gives it. Default: the sample.
         seed (`int`): of clustering and fresh expert weights.
         patience (`int`): fits in a row a cluster may be absent or common before it loses its expert.
         ema_decay (`float`): weight of the past for one sequence, where centroids move. Default 0.999.
@@ -97,21 +99,25 @@ class ClusterExpertsCallback(TrainerCallback):
         recluster_until: int | float | None = None,
         layer_budget: int | None = None,
         common_by: str | None = None,
+        evidence_size: int | None = None,
     ):
         self._asked = self.settings = ClusterSettings(
             algorithm, num_clusters, common_share, patience, seed, projection, min_cluster_share, common_by
         )
         self._planned = self.schedule = FitSchedule(warmup, recluster_every, recluster_growth, recluster_until, update)
         least = (self.settings.cluster_range or (1,))[0]
-        if not _is_count(sample_size, least):
+        if not is_count(sample_size, least):
             raise ValueError(f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={least}.")
         if ema_decay is not None and not self.schedule.moves:
             raise ValueError(f"ema_decay={ema_decay!r} is not allowed with update={update!r}, which moves nothing.")
-        if ema_decay is not None and not _is_share(ema_decay):
+        if evidence_size is not None and not is_count(evidence_size, sample_size):
+            raise ValueError(f"evidence_size={evidence_size!r} is not allowed: it must be an int >= {sample_size=}.")
+        if ema_decay is not None and not is_share(ema_decay):
             raise ValueError(f"ema_decay={ema_decay!r} is not allowed: it must be from 0 to 1.")
-        if layer_budget is not None and not _is_count(layer_budget, 1):
+        if layer_budget is not None and not is_count(layer_budget, 1):
             raise ValueError(f"layer_budget={layer_budget!r} is not allowed: it must be None or an int >= 1.")
-        self.sample_size, self.layer_budget = sample_size, layer_budget
+        self.sample_size, self.evidence_size, self.layer_budget = sample_size, evidence_size, layer_budget
+        self._kept = evidence_size or sample_size  # sequences of which a fit reads anything
         self.ema_decay = EMA_DECAY if ema_decay is None else ema_decay
         self.memory = ClusterMemory()
         self.idle = IdleSlots()
@@ -143,14 +149,14 @@ class ClusterExpertsCallback(TrainerCallback):
         self.base = routed_base_model(model)
         detach_what_is_left(self.base)
         self.settings = self._asked.resolve(self.base.config.cse_routing)
-        check_model(self.base, self.settings, self.schedule)
+        check_model(self.base, self.settings, self.schedule, self.evidence_size)
         check_stage(model)
         # with auto_find_batch_size the arguments keep the first guess
         self._rows = (state.train_batch_size if args.auto_find_batch_size else None) or args.train_batch_size
-        step = self._rows * args.gradient_accumulation_steps
         capacity = local_capacity(self.sample_size, self._rows)
-        room = max(capacity, step) if self.schedule.moves else capacity
-        self.collector = FeatureCollector(model, room, with_ids=is_joint(self.base, self.settings))
+        room = max(capacity, self._rows * args.gradient_accumulation_steps) if self.schedule.moves else capacity
+        texts = local_capacity(self._kept, self._rows) - capacity
+        self.collector = FeatureCollector(model, room, with_ids=is_joint(self.base, self.settings), texts=texts)
         self.memory = ClusterMemory()
         dataloader = kwargs.get("train_dataloader")
         # of what was trained before, a checkpoint that was saved without this callback tells nothing
@@ -176,7 +182,7 @@ class ClusterExpertsCallback(TrainerCallback):
             self.automatic.begin(state.global_step)
         # Features drift while the model trains, so a fit sees the last batches before it and no older ones.
         fit = self._next_fit(state.global_step, state.max_steps)
-        near = fit is not None and fit - state.global_step <= self._collecting_steps(args)
+        near = fit is not None and fit - state.global_step <= self._collecting_steps(args, self._kept)
         self._sampler.enabled = self._moves() or near
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -261,8 +267,8 @@ class ClusterExpertsCallback(TrainerCallback):
         """Sequences of an optimizer step, over all processes."""
         return self._rows * args.gradient_accumulation_steps * world_size()
 
-    def _collecting_steps(self, args: TrainingArguments) -> int:
-        return math.ceil(self.sample_size / self._step_sequences(args))
+    def _collecting_steps(self, args: TrainingArguments, sequences: int) -> int:
+        return math.ceil(sequences / self._step_sequences(args))
 
     def _may_read_ahead(self, dataloader) -> bool:
         """Whether a fit may look at text that training has not seen yet. Layers are chosen by states, that only
@@ -297,7 +303,7 @@ class ClusterExpertsCallback(TrainerCallback):
             self.base,
             state.max_steps,
             self._step_sequences(args),
-            self._collecting_steps(args),
+            self._collecting_steps(args, self.sample_size),
             getattr(tokenizer, "all_special_ids", ()),
         )
         if self.memory.warmup:
@@ -309,7 +315,7 @@ class ClusterExpertsCallback(TrainerCallback):
         """Resuming from a checkpoint without clusters, behind the first fit, or so shortly before it that less text
         than it would have had is to be read till then: they are found as soon as there is a sample, and from then on
         when they would have been."""
-        step, sampled = state.global_step, self._collecting_steps(args)
+        step, sampled = state.global_step, self._collecting_steps(args, self.sample_size)
         if step == 0 or self._has_clusters():
             return
         behind = step >= self._first_fit
@@ -335,14 +341,17 @@ class ClusterExpertsCallback(TrainerCallback):
         for store in self._sampler.stores.values():
             store.newest()  # what was fitted moves nothing afterwards
         following = self._next_fit(state.global_step, state.max_steps)
-        if following is None or following - state.global_step >= self._collecting_steps(args):
+        if following is None or following - state.global_step >= self._collecting_steps(args, self._kept):
             self._sampler.clear()  # the next fit has a sample of its own
 
     def _fit(self, optimizer: Optimizer) -> dict[str, float]:
         sites, first = self._sites(), not self._has_clusters()
         features = gather_features({site: self._sampler.stores[site].as_it_is() for site in sites}, self.sample_size)
+        texts = None
+        if self.evidence_size:
+            texts = gather_features({sites[0]: self._sampler.stores[sites[0]].all_texts()}, self.evidence_size)
         budget = self._budget() if first else None
-        metrics, filled = fit_layers(self.base, features, self.settings, self.memory, budget, drifting=True)
+        metrics, filled = fit_layers(self.base, features, self.settings, self.memory, budget, True, texts)
         for site, slots in filled.items():
             start_moments(optimizer, self.base.routed_modules()[site], slots)
         self.idle.take(self._modules(), optimizer)
@@ -385,14 +394,6 @@ class ClusterExpertsCallback(TrainerCallback):
             load_state(folder, rank(), state.global_step, self.memory, self._sampler.stores, self.base)
             check_sums(folder)
         return folder is not None
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 __all__ = ["ClusterExpertsCallback"]

@@ -9,6 +9,16 @@ from ..clustering.settings import GIVEN, TEXT
 from .schedule import FitSchedule, as_step
 
 
+def is_count(value: object, least: int) -> bool:
+    """Whether it is an int, no bool, of at least so much."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_share(value: object) -> bool:
+    """Whether it is a number, no bool, from 0 to 1."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 def is_joint(base: nn.Module, settings: ClusterSettings) -> bool:
     """Whether all sites share one clustering of the texts."""
     return settings.algorithm == TEXT or base.config.cse_routing == "evidence"
@@ -97,7 +107,9 @@ def refuse_replicas(args: TrainingArguments) -> None:
         )
 
 
-def check_model(base: nn.Module, settings: ClusterSettings, schedule: FitSchedule) -> None:
+def check_model(
+    base: nn.Module, settings: ClusterSettings, schedule: FitSchedule, evidence_size: int | None = None
+) -> None:
     """
     Whether a training may keep the clusters of a model so.
 
@@ -105,6 +117,7 @@ def check_model(base: nn.Module, settings: ClusterSettings, schedule: FitSchedul
         base: a CSE base model.
         settings: resolved for its routing.
         schedule: of the fits.
+        evidence_size: sequences whose tokens are counted, if it was said.
 
     Raises:
         ValueError: a quantised base, more clusters than the routers hold, or what does not go with the routing.
@@ -124,6 +137,11 @@ def check_model(base: nn.Module, settings: ClusterSettings, schedule: FitSchedul
         raise ValueError(
             f"update={schedule.update!r} is not allowed with algorithm={settings.algorithm!r} and "
             f"cse_routing={routing!r}: clusters of texts do not drift, so it must be 'recluster' or 'frozen'."
+        )
+    if evidence_size is not None and routing != "evidence":
+        raise ValueError(
+            f"evidence_size={evidence_size} is not allowed with cse_routing={routing!r}: only 'evidence' counts "
+            "tokens, so it must be None."
         )
     if routing == "given" and schedule.update != "frozen":
         raise ValueError(

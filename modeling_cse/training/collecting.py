@@ -111,6 +111,7 @@ class FeatureCollector:
         training_only: record nothing while the model is in evaluation mode.
         with_ids: keep the token ids of the sequences too, at every site.
         separated: documents of a row that `cse_separator_token_id` parts are sequences of their own.
+        texts: sequences before those of `capacity` whose ids alone are kept.
     """
 
     def __init__(
@@ -121,9 +122,10 @@ class FeatureCollector:
         training_only: bool = True,
         with_ids: bool = False,
         separated: bool = True,
+        texts: int = 0,
     ):
         self.base = routed_base_model(model)
-        self.stores = {site: FeatureStore(capacity) for site in self.base.routed_modules()}
+        self.stores = {site: FeatureStore(capacity, texts) for site in self.base.routed_modules()}
         self.tokens_per_sequence = tokens_per_sequence
         self.training_only = training_only
         self.with_ids = with_ids

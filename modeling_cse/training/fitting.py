@@ -53,6 +53,7 @@ def fit_layers(
     memory: ClusterMemory,
     layer_budget: int | None = None,
     drifting: bool = False,
+    texts: dict[Site, RoutingFeatures | None] | None = None,
 ) -> tuple[dict[str, float], dict[Site, dict[int, int | None]]]:
     """
     Fits every site on features that all ranks share, and writes nothing unless all of them succeed.
@@ -64,6 +65,8 @@ def fit_layers(
         memory: of the fits before; written.
         layer_budget: write only the fits of so many layers, those with the largest cluster clarity. None: of all.
         drifting: see `fit_layer`.
+        texts: by site, tokens of the sequences that evidence is counted on, those of the sample last. Without: of the
+            sample.
 
     Returns:
         Metrics by name, and the expert slots that changed hands, by site: each with the slot that it begins as a copy
@@ -79,7 +82,7 @@ def fit_layers(
 
     def compute():
         fits = {}
-        joint = fit_joint(base, features, settings, memory) if is_joint(base, settings) else None
+        joint = fit_joint(base, features, settings, memory, texts) if is_joint(base, settings) else None
         for site, sample in features.items():
             if sample is None:
                 raise ValueError(f"no sequence reached the router of {site}: there is nothing to cluster.")
@@ -112,10 +115,14 @@ def fit_layers(
 
 
 def fit_joint(
-    base: nn.Module, features: dict[Site, RoutingFeatures | None], settings: ClusterSettings, memory: ClusterMemory
+    base: nn.Module,
+    features: dict[Site, RoutingFeatures | None],
+    settings: ClusterSettings,
+    memory: ClusterMemory,
+    texts: dict[Site, RoutingFeatures | None] | None = None,
 ) -> JointFit:
     """
-    The clusters that all sites share (`fit_texts`).
+    The clusters that all sites share (`fit_texts`). Arguments as in `fit_layers`.
 
     Raises:
         ValueError: no sequence was sampled, or see `fit_texts`.
@@ -124,6 +131,7 @@ def fit_joint(
     if sample is None:
         raise ValueError("no sequence reached a router: there is nothing to cluster.")
     module = base.routed_modules()[site]
+    counted = (texts or {}).get(site)
     identities = memory.texts or identities_of_texts(base, module.router, sample)
     ids = sample.ids.numpy()
     fit = fit_texts(
@@ -135,6 +143,7 @@ def fit_joint(
         vocab_size=base.config.vocab_size,
         num_experts=module.num_experts,
         max_clusters=module.router.max_clusters,
+        older=None if counted is None else counted.ids.numpy()[: len(counted) - len(sample)],
     )
     if base.config.cse_routing == "evidence":
         fit.metrics.update(evidence_agreement(fit, ids, base.config.reads_left_to_right))

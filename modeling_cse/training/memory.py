@@ -83,9 +83,9 @@ def save_state(
     the routing state that the model's own file holds."""
     named = memory.tensors()
     for site, store in stores.items():
-        features = store.as_it_is()
-        if features is not None:
-            named.update({f"features.{site}.{name}": tensor for name, tensor in vars(features).items()})
+        for kind, features in (("features", store.as_it_is()), ("older", store.older_texts())):
+            if features is not None:
+                named.update({f"{kind}.{site}.{name}": tensor for name, tensor in vars(features).items()})
     named = {name: tensor.contiguous() for name, tensor in named.items()}
     metadata = {
         "version": str(VERSION),
@@ -138,9 +138,13 @@ def load_state(
     memory.load(named)
     seen, passes = json.loads(metadata["seen"]), json.loads(metadata["passes"])
     for site, store in stores.items():
-        prefix = f"features.{site}."
-        fields = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
-        store.restore(RoutingFeatures(**fields) if fields else None, seen[str(site)], passes[str(site)])
+        features, older = _features_of(named, f"features.{site}."), _features_of(named, f"older.{site}.")
+        store.restore(features, seen[str(site)], passes[str(site)], older)
+
+
+def _features_of(named: dict[str, torch.Tensor], prefix: str) -> RoutingFeatures | None:
+    fields = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
+    return RoutingFeatures(**fields) if fields else None
 
 
 def read_metadata(path: Path) -> dict[str, str]:

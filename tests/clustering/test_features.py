@@ -1,6 +1,8 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Promises of routing features: means over the tokens of a sequence alone, tokens from everywhere in it, bounded."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -172,6 +174,29 @@ def test_store_is_empty_after_clearing():
     store.add(numbered(1, 2))
     store.clear()
     assert store.all() is None and len(store) == 0 and store.seen == 2
+
+
+def written(*values: int) -> RoutingFeatures:
+    """Sequences as `numbered` has them, whose only token is their number."""
+    ids = torch.tensor(values, dtype=torch.int32).unsqueeze(1)
+    return replace(numbered(*values), ids=ids)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 8, 20])
+def test_of_the_texts_before_those_that_are_kept_whole_the_ids_stay(batch):
+    store = FeatureStore(5, texts=7)
+    for start in range(0, 40, batch):
+        store.add(written(*range(start, start + batch)))
+        assert len(store) <= 5 and store.all_texts().ids.flatten().tolist() == list(range(store.seen))[-12:]
+    assert store.older_texts().ids.flatten().tolist() == list(range(store.seen - 12, store.seen - 5))
+    assert store.older_texts().embeddings.numel() == store.older_texts().tokens.numel() == 0
+    again = FeatureStore(5, texts=7)
+    again.restore(store.as_it_is(), store.seen, store.passes, store.older_texts())
+    for one in (store, again):
+        one.add(written(100))
+    assert torch.equal(again.all_texts().ids, store.all_texts().ids)
+    store.clear()
+    assert store.all_texts() is None and store.older_texts() is None
 
 
 def drifting(count=400, width=6, seed=0):

@@ -6,16 +6,18 @@ import pytest
 from text_rows import VOCAB, texts
 
 from modeling_cse.clustering import ClusterSettings, Identities, fit_texts, held_out
+from modeling_cse.clustering.evidence import log_ratios
 from modeling_cse.clustering.joint import LEAST_OVERLAP, match_texts
+from modeling_cse.clustering.texts import count_tokens
 
 
-def fit(ids, given=None, identities=None, num_experts: int = 4, **settings):
+def fit(ids, given=None, identities=None, num_experts: int = 4, older=None, **settings):
     options = {"algorithm": "text", "num_clusters": 3, "common_share": 0.4, **settings}
     if given is None:
         given = np.full(len(ids), -1, np.int64)
     identities = Identities.none(VOCAB) if identities is None else identities
     sizes = {"vocab_size": VOCAB, "num_experts": num_experts, "max_clusters": 16}
-    return fit_texts(ids, given, held_out(len(ids)), ClusterSettings(**options), identities, **sizes)
+    return fit_texts(ids, given, held_out(len(ids)), ClusterSettings(**options), identities, **sizes, older=older)
 
 
 def expert_of_domains(found, domains) -> list[int]:
@@ -42,6 +44,23 @@ def test_owners_stay_when_clusters_are_numbered_anew(seed):
     wanted = expert_of_domains(first, domains)
     assert expert_of_domains(second, others)[1:] == wanted[1:]
     assert 0 <= second.metrics["churn"] <= 1 and second.ownership.filled == [2]
+
+
+def test_older_texts_are_counted_for_the_cluster_that_evidence_gives_them():
+    ids, domains = texts(count=48)
+    older, _ = texts(count=400, seed=9)
+    found, more = fit(ids), fit(ids, older=older)
+    np.testing.assert_array_equal(more.labels, found.labels)
+    np.testing.assert_array_equal(more.ownership.experts, found.ownership.experts)
+    every = np.concatenate([ids[~found.held], np.pad(older, ((0, 0), (0, ids.shape[1] - older.shape[1])))])
+    labels = np.concatenate([found.labels[~found.held], found.evidence.of_texts(older)])
+    table = log_ratios(count_tokens(every, VOCAB), labels, 3, found.evidence.smoothing) * found.evidence.temper
+    seen = np.isin(np.arange(VOCAB), every)
+    np.testing.assert_allclose(more.evidence.table[seen], table[seen], rtol=1e-5, atol=1e-6)
+    assert not more.evidence.table[~seen].any()
+    unseen, of_unseen = texts(count=400, seed=11)
+    right = [(each.evidence.of_texts(unseen) == found.labels[[0, 4, 6]][of_unseen]).mean() for each in (found, more)]
+    assert right[1] >= right[0] and right[1] > 0.95
 
 
 def test_the_same_texts_churn_nothing():

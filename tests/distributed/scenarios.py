@@ -236,6 +236,7 @@ SCENARIOS = {
     "by_evidence": by_evidence,
     "by_evidence_accumulated": lambda folder: by_evidence(folder, accumulation=2, gradient_checkpointing=True),
     "by_evidence_at_once": lambda folder: by_evidence(folder, clusters=AT_ONCE),
+    "by_evidence_counted": lambda folder: by_evidence(folder, clusters={"sample_size": 16, "evidence_size": 44}),
     "sharded_at_once": lambda folder: by_evidence(folder, start=sharded, clusters=AT_ONCE),
     "split": split,
     "sharded_split": lambda folder: split(folder, sharded),

@@ -8,8 +8,9 @@ from benchmarks.ranks import different_tensors, relative_difference
 
 
 TOLERANCE = 1e-5
-WITH_TWO = ["measured", "plain", "clipped", "accumulated", "masked", "one_sided", "padded", "automatic", "by_evidence"]
-WITH_TWO += ["by_evidence_accumulated", "by_evidence_at_once", "split"]
+WITH_TWO = ["measured", "plain", "clipped", "accumulated", "masked", "one_sided", "padded", "automatic"]
+OF_EVIDENCE = ["by_evidence", "by_evidence_accumulated", "by_evidence_at_once", "by_evidence_counted"]
+WITH_TWO += [*OF_EVIDENCE, "split"]
 CASES = [(name, 2) for name in WITH_TWO] + [(name, 4) for name in ("measured", "plain", "clipped")]
 
 pytestmark = pytest.mark.slow
@@ -42,7 +43,7 @@ def test_clusters_and_owners_are_those_of_one_process(outcome, name, processes):
             assert torch.equal(ours[key], one[key]), key
 
 
-@pytest.mark.parametrize("name", ["by_evidence", "by_evidence_accumulated", "by_evidence_at_once"])
+@pytest.mark.parametrize("name", OF_EVIDENCE)
 def test_evidence_is_that_of_one_process_to_the_bit_at_every_fit(outcome, name):
     """It is counted over the tokens of the same texts, whoever has seen them."""
     one, ranks = outcome(name), outcome(name, 2)

@@ -1,0 +1,114 @@
+# Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
+"""Promises of `evidence_size`: tokens of texts before the sample are counted too, and nothing else changes."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model
+from tiny_runs import fit_steps, history, make_trainer, rows, settings, train
+
+from modeling_cse import ClusterExpertsCallback
+from modeling_cse.clustering.evidence import Evidence
+from modeling_cse.evidence_cse import LARGEST
+from modeling_cse.training import callback as module
+from modeling_cse.training.gathering import gather_features
+
+
+DATA = rows(length=24)
+TEXT = {"common_share": 0.4, "num_clusters": 3, "sample_size": 16, "warmup": 2, "recluster_every": 2}
+
+
+def evidence_model():
+    return tiny_model("gpt2", cse_routing="evidence")
+
+
+def callback(**changes) -> ClusterExpertsCallback:
+    return ClusterExpertsCallback(**settings(**{**TEXT, **changes}))
+
+
+@pytest.fixture
+def gathered(monkeypatch) -> list:
+    """What the fits of a run look at: samples, and where it was asked for the texts behind evidence, in turn."""
+    noted = []
+
+    def note(*args):
+        noted.append(next(iter(gather_features(*args).values())))
+        return gather_features(*args)
+
+    monkeypatch.setattr(module, "gather_features", note)
+    return noted
+
+
+@pytest.mark.parametrize(("size", "counted"), [(24, [16, 24, 24, 24]), (40, [16, 32, 40, 40]), (16, [16] * 4)])
+def test_the_texts_before_a_sample_are_kept(tmp_path, gathered, size, counted):
+    """A step reads eight texts."""
+    trainer = train(tmp_path, callback(evidence_size=size), model=evidence_model(), data=DATA, max_steps=9)
+    assert fit_steps(trainer) == [2, 4, 6, 8]
+    samples, texts = gathered[::2], gathered[1::2]
+    assert [len(each) for each in samples] == [16] * 4 and [len(each) for each in texts] == counted
+    assert all(torch.equal(text.ids[-16:], sample.ids) for text, sample in zip(texts, samples, strict=True))
+    assert torch.equal(texts[1].ids[: counted[1] - 16], texts[0].ids[16 - counted[1] :][: counted[1] - 16])
+    assert all(text.embeddings.shape[1] == text.tokens.shape[2] == 0 for text in texts), "states are not kept"
+
+
+def test_between_distant_fits_texts_are_read_as_long_as_they_are_wanted(tmp_path, gathered):
+    seldom = callback(evidence_size=32, recluster_every=6)
+    train(tmp_path, seldom, model=evidence_model(), data=DATA, max_steps=9)
+    assert [len(each) for each in gathered[1::2]] == [16, 32]
+    assert gathered[3].passes.unique().numel() == 4, "the last four of six steps"
+
+
+def test_evidence_is_of_all_texts_and_clusters_are_of_the_sample(tmp_path, gathered, monkeypatch):
+    found = []
+    counted_on = Evidence.counted_on
+
+    def note(evidence, ids, labels, more):
+        found.append((evidence, len(ids), more, counted_on(evidence, ids, labels, more)))
+        return found[-1][-1]
+
+    monkeypatch.setattr(Evidence, "counted_on", note)
+    whole = train(tmp_path / "a", callback(evidence_size=40), model=evidence_model(), data=DATA, max_steps=9)
+    alone = train(tmp_path / "b", callback(), model=evidence_model(), data=DATA, max_steps=9)
+    assert [len(more) for _, _, more, _ in found] == [16, 24, 24], "the first fit has the sample only"
+    of_sample, _, more, of_all = found[-1]
+    router = whole.model.base_model.evidence_router
+    bounded = of_all.table.clip(-LARGEST, LARGEST)
+    np.testing.assert_allclose(router.evidence[:, :3].numpy(), bounded, atol=2**-11)
+    assert not np.allclose(of_all.table, of_sample.table, atol=0.01)
+    np.testing.assert_array_equal(of_all.shares, of_sample.shares)
+    assert (of_all.smoothing, of_all.temper) == (of_sample.smoothing, of_sample.temper)
+    assert len(more) == 24 and fit_steps(whole) == fit_steps(alone)
+
+
+def test_the_size_of_the_sample_changes_nothing(tmp_path):
+    asked = train(tmp_path / "a", callback(evidence_size=16), model=evidence_model(), data=DATA, max_steps=9)
+    plain = train(tmp_path / "b", callback(), model=evidence_model(), data=DATA, max_steps=9)
+    assert history(asked) == history(plain)
+    ours, theirs = asked.model.state_dict(), plain.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_resumed_run_counts_the_same_texts(tmp_path, step):
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 9, "data": DATA}
+    whole = train(tmp_path / "whole", callback(evidence_size=40), model=evidence_model(), **saving)
+    place = tmp_path / "again" / f"checkpoint-{step}"
+    shutil.copytree(tmp_path / "whole" / place.name, place)
+    again = train(tmp_path / "again", callback(evidence_size=40), model=evidence_model(), resume=str(place), **saving)
+    assert history(again) == history(whole)
+    ours, theirs = again.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("size", [15, 0, 16.0, True, "32"])
+def test_less_than_a_sample_is_refused(size):
+    with pytest.raises(ValueError, match=f"evidence_size={size!r} is not allowed.*sample_size=16"):
+        callback(evidence_size=size)
+
+
+def test_routes_that_count_no_tokens_refuse_it(tmp_path):
+    trainer = make_trainer(tmp_path, callback(evidence_size=32), model=tiny_model("gpt2"), data=DATA)
+    with pytest.raises(ValueError, match="evidence_size=32 is not allowed with cse_routing='discriminant'"):
+        trainer.train()
