@@ -54,20 +54,13 @@ class Evidence:
         """
         fitted = ~held & (labels >= 0)
         counts, of_counts = count_tokens(ids[fitted], vocab_size), labels[fitted]
-        unseen = np.asarray(counts.sum(axis=0))[0] == 0
-
-        def table_of(smoothing: float) -> np.ndarray:
-            table = log_ratios(counts, of_counts, len(shares), smoothing)
-            table[unseen] = 0.0
-            return table
-
         held = held & (labels >= 0)
         if not held.any():
-            return cls(table_of(SMOOTHINGS[0]), shares)
+            return cls(_table(counts, of_counts, len(shares), SMOOTHINGS[0]), shares)
         best: Evidence | None = None
         likeliest = -np.inf
         for smoothing in SMOOTHINGS:
-            whole = cls(table_of(smoothing), shares, smoothing)
+            whole = cls(_table(counts, of_counts, len(shares), smoothing), shares, smoothing)
             sums = whole.sums(ids[held])
             for temper in TEMPERS:
                 likelihood = _log_likelihood(temper * sums + np.log(shares), ids[held], labels[held])
@@ -87,8 +80,7 @@ class Evidence:
         vocab_size, inside = len(self.table), labels >= 0
         counts = vstack([count_tokens(ids[inside], vocab_size), count_tokens(more, vocab_size)], format="csr")
         of_counts = np.concatenate([labels[inside], self.of_texts(more)])
-        table = log_ratios(counts, of_counts, len(self.shares), self.smoothing) * np.float32(self.temper)
-        table[np.asarray(counts.sum(axis=0))[0] == 0] = 0.0
+        table = _table(counts, of_counts, len(self.shares), self.smoothing) * np.float32(self.temper)
         return Evidence(table, self.shares, self.smoothing, self.temper)
 
     def sums(self, ids: np.ndarray) -> np.ndarray:
@@ -117,6 +109,13 @@ def log_ratios(counts: csr_matrix, labels: np.ndarray, clusters: int, smoothing:
         own = np.asarray(counts[labels == label].sum(axis=0))[0]
         frequency = (own + prior * background) / (own.sum() + prior)
         table[:, label] = np.log(frequency / background)
+    return table
+
+
+def _table(counts: csr_matrix, labels: np.ndarray, clusters: int, smoothing: float) -> np.ndarray:
+    """`log_ratios`, and nothing of tokens that no text has."""
+    table = log_ratios(counts, labels, clusters, smoothing)
+    table[np.asarray(counts.sum(axis=0))[0] == 0] = 0.0
     return table
 
 

@@ -71,21 +71,21 @@ class ClusterSettings:
         if isinstance(self.num_clusters, list):
             self.num_clusters = tuple(self.num_clusters)
         self._check_num_clusters()
-        if self.common_share not in (None, ELBOW) and not _is_share(self.common_share):
+        if self.common_share not in (None, ELBOW) and not is_share(self.common_share):
             raise ValueError(
                 f"common_share={self.common_share!r} is not allowed: it must be from 0 to 1, or {ELBOW!r}."
             )
         self._check_common_by()
-        if not _is_int(self.patience, 1):
+        if not is_count(self.patience, 1):
             raise ValueError(f"patience={self.patience!r} is not allowed: it must be an int >= 1.")
-        if not _is_int(self.seed, 0) or self.seed >= 2**32:
+        if not is_count(self.seed, 0) or self.seed >= 2**32:
             raise ValueError(f"seed={self.seed!r} is not allowed: it must be an int >= 0 and below 2 ** 32.")
         if self.algorithm in (GIVEN, TEXT) and self.projection not in (None, "auto"):
             raise ValueError(
                 f"projection={self.projection!r} is not allowed with algorithm={self.algorithm!r}: "
                 + ("labels need no distance." if self.algorithm == GIVEN else "texts have a space of their own.")
             )
-        if self.projection is not None and self.projection != "auto" and not _is_int(self.projection, 1):
+        if self.projection is not None and self.projection != "auto" and not is_count(self.projection, 1):
             raise ValueError(
                 f"projection={self.projection!r} is not allowed: it must be an int >= 1, None for no projection, or "
                 "'auto'."
@@ -97,7 +97,7 @@ class ClusterSettings:
                 f"min_cluster_share={self.min_cluster_share!r} is not allowed with algorithm={self.algorithm!r}: only "
                 f"{list(DENSITY_ALGORITHMS)} read it."
             )
-        if not _is_share(self.min_cluster_share):
+        if not is_share(self.min_cluster_share):
             raise ValueError(f"min_cluster_share={self.min_cluster_share!r} is not allowed: it must be from 0 to 1.")
 
     def _check_common_by(self) -> None:
@@ -115,10 +115,10 @@ class ClusterSettings:
         if self.algorithm not in (None, TEXT, *CENTROID_ALGORITHMS):
             right, allowed = False, "None, because their number is found, not asked for"
         else:
-            right = _is_int(value, 1) or (
+            right = is_count(value, 1) or (
                 isinstance(value, tuple)
                 and len(value) == 2
-                and all(_is_int(end, 2) for end in value)
+                and all(is_count(end, 2) for end in value)
                 and value[0] <= value[1]
             )
             allowed = "an int >= 1, or a pair (low, high) with 2 <= low <= high"
@@ -184,9 +184,11 @@ class ClusterSettings:
         return asked
 
 
-def _is_int(value: object, least: int) -> bool:
+def is_count(value: object, least: int) -> bool:
+    """Whether it is an int, no bool, of at least so much."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _is_share(value: object) -> bool:
+def is_share(value: object) -> bool:
+    """Whether it is a number, no bool, from 0 to 1."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1

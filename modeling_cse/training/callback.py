@@ -11,10 +11,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from ..clustering import ClusterSettings, move_clusters
+from ..clustering.settings import is_count, is_share
 from ..dispatch_cse import RoutedModule, Site
 from ..sharding_cse import is_sharded
 from .ahead import can_read_ahead, read_ahead
-from .checking import check_late, check_model, check_warmup, is_count, is_joint, is_share, refuse_replicas
+from .checking import check_late, check_model, check_sizes, check_warmup, is_joint, refuse_replicas
 from .checkpoints import check_sums
 from .collecting import FeatureCollector, refuse_adapters, refuse_parallel_plans, routed_base_model
 from .fitting import fit_layers
@@ -106,12 +107,9 @@ class ClusterExpertsCallback(TrainerCallback):
         )
         self._planned = self.schedule = FitSchedule(warmup, recluster_every, recluster_growth, recluster_until, update)
         least = (self.settings.cluster_range or (1,))[0]
-        if not is_count(sample_size, least):
-            raise ValueError(f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={least}.")
+        check_sizes(sample_size, evidence_size, least)
         if ema_decay is not None and not self.schedule.moves:
             raise ValueError(f"ema_decay={ema_decay!r} is not allowed with update={update!r}, which moves nothing.")
-        if evidence_size is not None and not is_count(evidence_size, sample_size):
-            raise ValueError(f"evidence_size={evidence_size!r} is not allowed: it must be an int >= {sample_size=}.")
         if ema_decay is not None and not is_share(ema_decay):
             raise ValueError(f"ema_decay={ema_decay!r} is not allowed: it must be from 0 to 1.")
         if layer_budget is not None and not is_count(layer_budget, 1):
@@ -180,7 +178,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self.saves.give_up()
         if self.automatic is not None:
             self.automatic.begin(state.global_step)
-        # Features drift while the model trains, so a fit sees the last batches before it and no older ones.
+        # Features drift while the model trains, so a fit sees the last batches before it: of older ones no states.
         fit = self._next_fit(state.global_step, state.max_steps)
         near = fit is not None and fit - state.global_step <= self._collecting_steps(args, self._kept)
         self._sampler.enabled = self._moves() or near
@@ -351,7 +349,9 @@ class ClusterExpertsCallback(TrainerCallback):
         if self.evidence_size:
             texts = gather_features({sites[0]: self._sampler.stores[sites[0]].all_texts()}, self.evidence_size)
         budget = self._budget() if first else None
-        metrics, filled = fit_layers(self.base, features, self.settings, self.memory, budget, True, texts)
+        metrics, filled = fit_layers(
+            self.base, features, self.settings, self.memory, budget, drifting=True, texts=texts
+        )
         for site, slots in filled.items():
             start_moments(optimizer, self.base.routed_modules()[site], slots)
         self.idle.take(self._modules(), optimizer)

@@ -5,18 +5,21 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..clustering import ClusterSettings
-from ..clustering.settings import GIVEN, TEXT
+from ..clustering.settings import GIVEN, TEXT, is_count
 from .schedule import FitSchedule, as_step
 
 
-def is_count(value: object, least: int) -> bool:
-    """Whether it is an int, no bool, of at least so much."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def check_sizes(sample_size: int, evidence_size: int | None, least: int) -> None:
+    """
+    Whether so many sequences can be fitted on, and counted.
 
-
-def is_share(value: object) -> bool:
-    """Whether it is a number, no bool, from 0 to 1."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    Raises:
+        ValueError: fewer in the sample than `least`, the clusters, or fewer counted than it has.
+    """
+    if not is_count(sample_size, least):
+        raise ValueError(f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={least}.")
+    if evidence_size is not None and not is_count(evidence_size, sample_size):
+        raise ValueError(f"evidence_size={evidence_size!r} is not allowed: it must be an int >= {sample_size=}.")
 
 
 def is_joint(base: nn.Module, settings: ClusterSettings) -> bool:

@@ -28,7 +28,7 @@ from ..clustering import (
 )
 from ..dispatch_cse import RoutedModule, Site
 from ..routing_cse import ClusterRouter
-from .checking import check_algorithm, is_joint
+from .checking import check_algorithm, check_sizes, is_joint
 from .collecting import (
     FeatureCollector,
     read_batches_of,
@@ -237,8 +237,7 @@ def fit_experts(
     base = routed_base_model(model)
     settings = ClusterSettings(**settings).resolve(base.config.cse_routing)
     least = (settings.cluster_range or (1,))[0]
-    if not isinstance(sample_size, int) or isinstance(sample_size, bool) or sample_size < least:
-        raise ValueError(f"sample_size={sample_size!r} is not allowed: it must be an int >= num_clusters={least}.")
+    check_sizes(sample_size, None, least)
     refuse_adapters(model)
     refuse_parallel_plans(model)
     for module in base.routed_modules().values():

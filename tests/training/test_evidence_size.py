@@ -60,7 +60,7 @@ def test_between_distant_fits_texts_are_read_as_long_as_they_are_wanted(tmp_path
     assert gathered[3].passes.unique().numel() == 4, "the last four of six steps"
 
 
-def test_evidence_is_of_all_texts_and_clusters_are_of_the_sample(tmp_path, gathered, monkeypatch):
+def test_evidence_is_of_all_texts_and_clusters_are_of_the_sample(tmp_path, monkeypatch):
     found = []
     counted_on = Evidence.counted_on
 
