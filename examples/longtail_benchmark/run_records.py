@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""One finished run as numbers: what is kept of it, all of the test split."""
+"""One finished run as numbers: what is kept of it, of the test split but for `validation`."""
 
 from dataclasses import asdict, dataclass
 
@@ -99,6 +99,7 @@ def record_of(run: Run, start: Run | None, blocks: TestBlocks) -> dict:
         "start": arm.start,
         "domain": arm.domain,
         "perplexity": with_long_tail(measured),
+        "validation": with_long_tail(run.result["validation"]["perplexity"]),  # not in records until 2026-11-30
         "by_position": by_position(nll, predicted, blocks.domains, run.settings["mixture"]["block_size"]),
         "by_frequency": {str(n): _by_frequency(nll, predicted, scores) for n, scores in blocks.scores.items()},
         "purity": {site: _purity(ids, blocks.domains) for site, ids in experts.items()},

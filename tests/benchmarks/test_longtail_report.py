@@ -94,6 +94,7 @@ def write_run(
     result = {"arm": arm.name, "seed": seed, "parameters": {"total": total}, "seconds": 100.0, "resumed": False}
     result["origin"] = {"date": "2026-02-03", "machine": machine, "versions": {"torch": "9.9"}}
     (folder / "run.json").write_text(json.dumps(settings))
+    result["validation"] = {"perplexity": {name: 2.0 + place for place, name in enumerate(DOMAINS)}}
     (folder / "result.json").write_text(json.dumps({**result, "test": test}))
     log = [{"step": STEPS // 4, f"cse/{SITE}/clusters": 3}] if arm.kind == "cse" else []
     (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in [*log, {"step": STEPS, "loss": 1.0}]))
@@ -273,6 +274,8 @@ def test_records_stay_when_folders_go(tmp_path, corpus, place):
     machines = {name: run["machine"] for name, run in found.items()}
     assert machines.pop(("cse", 0)) == "one abacus" and set(machines.values()) == {"two abaci"}
     assert found["dense", 0]["tasks"] == {"probe": {"gad": 0.5}}
+    by_domain = {"general": 2.0, "legal": 3.0, "medical": 4.0}
+    assert found["dense", 0]["validation"] == {**by_domain, "long-tail": pytest.approx(math.sqrt(3 * 4))}
     page = report.write_report(results, "tiny", "main", ROLES).read_text()
     assert "1 runs on one abacus" in page and "3 runs on two abaci" in page and row(page, "Arms", "cse")[1] == "2"
 
