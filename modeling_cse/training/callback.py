@@ -1,7 +1,6 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """The Trainer callback: a dense warm-up, the first fit, and clusters kept up to date while the model trains."""
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -22,6 +21,7 @@ from .fitting import fit_layers
 from .gathering import gather_features, local_capacity, rank, world_size
 from .memory import ClusterMemory, load_state, save_state
 from .moments import IdleSlots, start_moments
+from .plan import FitPlan
 from .saving import CheckpointSaves, find_state
 from .schedule import FitSchedule
 from .warmup import AutomaticWarmup, detach_what_is_left
@@ -105,7 +105,8 @@ class ClusterExpertsCallback(TrainerCallback):
         self._asked = self.settings = ClusterSettings(
             algorithm, num_clusters, common_share, patience, seed, projection, min_cluster_share, common_by
         )
-        self._planned = self.schedule = FitSchedule(warmup, recluster_every, recluster_growth, recluster_until, update)
+        times = warmup, recluster_every, recluster_growth, recluster_until
+        self._asked_schedule = self.schedule = FitSchedule(*times, update)
         least = (self.settings.cluster_range or (1,))[0]
         check_sizes(sample_size, evidence_size, least)
         if ema_decay is not None and not self.schedule.moves:
@@ -119,7 +120,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self.ema_decay = EMA_DECAY if ema_decay is None else ema_decay
         self.memory = ClusterMemory()
         self.idle = IdleSlots()
-        self.automatic: AutomaticWarmup | None = None
+        self.plan: FitPlan | None = None
         self.trainer: Trainer | None = None
         self.collector: FeatureCollector | None = None
         self.saves = CheckpointSaves()
@@ -141,7 +142,7 @@ class ClusterExpertsCallback(TrainerCallback):
     ):
         refuse_replicas(args)
         self.detach()
-        self.automatic, self.saves = None, CheckpointSaves()
+        self.plan, self.saves = None, CheckpointSaves()
         refuse_adapters(model)
         refuse_parallel_plans(model)
         self.base = routed_base_model(model)
@@ -158,9 +159,10 @@ class ClusterExpertsCallback(TrainerCallback):
         self.memory = ClusterMemory()
         dataloader = kwargs.get("train_dataloader")
         # of what was trained before, a checkpoint that was saved without this callback tells nothing
-        self._begun_at = state.global_step if state.global_step > 0 and not self._resume(args, state) else 0
-        ahead = state.global_step == self._begun_at and self._may_read_ahead(dataloader)
-        self._begin_warmup(args, state, kwargs.get("processing_class"), ahead)
+        begun_at = state.global_step if state.global_step > 0 and not self._resume(args, state) else 0
+        ahead = state.global_step == begun_at and self._may_read_ahead(dataloader)
+        self.plan = self._begin_plan(args, state, begun_at)
+        self._begin_warmup(state, kwargs.get("processing_class"), ahead)
         if self.trainer is None and args.report_to:
             logger.warning(
                 f"report_to={args.report_to}: cluster metrics are only in the trainer state. Use "
@@ -168,19 +170,19 @@ class ClusterExpertsCallback(TrainerCallback):
             )
         self.collector.attach(self._sites())
         self.idle.take(self._modules(), optimizer)
-        missing = self._missing_at_first_fit(args)
+        missing = self.plan.missing_at_first_fit()
         if ahead and missing > 0:
             read_ahead(self.collector, model, dataloader, self._rows, missing, self.settings.seed)
-        if self.first_fit == 0 and not self._has_clusters():
+        if self.plan.first_fit == 0 and not self._has_clusters():
             self._fit_and_log(args, state, control, optimizer)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.saves.give_up()
-        if self.automatic is not None:
-            self.automatic.begin(state.global_step)
+        if self._planned.automatic is not None:
+            self._planned.automatic.begin(state.global_step)
         # Features drift while the model trains, so a fit sees the last batches before it: of older ones no states.
-        fit = self._next_fit(state.global_step, state.max_steps)
-        near = fit is not None and fit - state.global_step <= self._collecting_steps(args, self._kept)
+        fit = self._planned.next_fit(state.global_step)
+        near = fit is not None and fit - state.global_step <= self._planned.steps_for(self._kept)
         self._sampler.enabled = self._moves() or near
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -189,11 +191,11 @@ class ClusterExpertsCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model, optimizer, **kwargs
     ):
-        if self.automatic is not None:
-            metrics = self.automatic.end(state.global_step)
+        if self._planned.automatic is not None:
+            metrics = self._planned.automatic.end(state.global_step)
             if metrics:
                 self._log(state, control, metrics)
-        if self._next_fit(state.global_step - 1, state.max_steps) == state.global_step:
+        if self._planned.next_fit(state.global_step - 1) == state.global_step:
             self._fit_and_log(args, state, control, optimizer)
         elif self._moves():
             self._move()
@@ -242,6 +244,11 @@ class ClusterExpertsCallback(TrainerCallback):
         """The collector, which is there once training has begun."""
         return cast(FeatureCollector, self.collector)
 
+    @property
+    def _planned(self) -> FitPlan:
+        """The fits of the run, which are there once training has begun."""
+        return cast(FitPlan, self.plan)
+
     def _modules(self) -> list[RoutedModule]:
         return list(self.base.routed_modules().values())
 
@@ -251,95 +258,54 @@ class ClusterExpertsCallback(TrainerCallback):
     def _moves(self) -> bool:
         return self.schedule.moves and bool(self.memory.discriminants)
 
-    @property
-    def first_fit(self) -> int | None:
-        """The step of the first fit; None while an automatic warm-up goes on."""
-        return self._first_fit if self.automatic is None else self.automatic.first_fit
-
-    def _next_fit(self, step: int, max_steps: int) -> int | None:
-        if self._made_up is not None and step < self._made_up:
-            return self._made_up
-        return None if self.first_fit is None else self.schedule.next_fit(self.first_fit, step, max_steps)
-
-    def _step_sequences(self, args: TrainingArguments) -> int:
-        """Sequences of an optimizer step, over all processes."""
-        return self._rows * args.gradient_accumulation_steps * world_size()
-
-    def _collecting_steps(self, args: TrainingArguments, sequences: int) -> int:
-        return math.ceil(sequences / self._step_sequences(args))
-
     def _may_read_ahead(self, dataloader) -> bool:
         """Whether a fit may look at text that training has not seen yet. Layers are chosen by states, that only
         training has."""
         return not self._has_clusters() and self._budget() is None and can_read_ahead(self.base, dataloader)
 
-    def _missing_at_first_fit(self, args: TrainingArguments) -> int:
-        """Sequences that training will not have read by then of those that make a sample."""
-        due = self.first_fit if self._made_up is None else self._made_up
-        return 0 if due is None else self.sample_size - (due - self._begun_at) * self._step_sequences(args)
-
-    def _begin_warmup(self, args: TrainingArguments, state: TrainerState, tokenizer, ahead: bool) -> None:
-        self._made_up: int | None = None
-        if state.global_step > 0 and not self._has_clusters():
-            check_late(state.global_step, state.max_steps)
+    def _begin_plan(self, args: TrainingArguments, state: TrainerState, begun_at: int) -> FitPlan:
         if state.global_step == 0:  # otherwise the checkpoint says it; averages start from a fit in this run
             self.memory.at_once = self._has_clusters() and self.schedule.update != "ema"
-        self.schedule = self._planned.resolve(self.memory.at_once)
-        first = self.schedule.first_fit(state.max_steps)
-        self.memory.at_once = first == 0
-        if first is not None and self.memory.fits:
-            first = min(first, state.global_step)  # it is over, also where training has become longer since
-        if first is not None:
-            self._first_fit = first
+        self.schedule = self._asked_schedule.resolve(self.memory.at_once)
+        sequences = self._rows * args.gradient_accumulation_steps * world_size()
+        return FitPlan(self.schedule, state.max_steps, sequences, self.sample_size, begun_at)
+
+    def _begin_warmup(self, state: TrainerState, tokenizer, ahead: bool) -> None:
+        plan = self._planned
+        if state.global_step > 0 and not self._has_clusters():
+            check_late(state.global_step, state.max_steps)
+        self.memory.at_once = plan.first == 0
+        if plan.first is not None and self.memory.fits:
+            plan.first = min(plan.first, state.global_step)  # over, also where training has become longer since
+        if plan.first is not None:
             begins = ahead and state.global_step == 0 or self._has_clusters()
-            check_warmup(self.schedule, first, state.max_steps, begins, bool(self.memory.discriminants))
-            self._make_up_for_first_fit(args, state, ahead)
+            check_warmup(self.schedule, plan.first, state.max_steps, begins, bool(self.memory.discriminants))
+            warning = None if self._has_clusters() else plan.make_up_for_first_fit(state.global_step, ahead)
+            if warning is not None:
+                logger.warning(warning)
             return
         if self._has_clusters() and not self.memory.warmup:
             raise ValueError("warmup='auto' is not allowed for a model that has clusters: use warmup=0.")
-        self.automatic = AutomaticWarmup(
-            self.base,
-            state.max_steps,
-            self._step_sequences(args),
-            self._collecting_steps(args, self.sample_size),
-            getattr(tokenizer, "all_special_ids", ()),
-        )
+        special, steps = getattr(tokenizer, "all_special_ids", ()), plan.steps_for(self.sample_size)
+        plan.automatic = AutomaticWarmup(self.base, state.max_steps, plan.step_sequences, steps, special)
         if self.memory.warmup:
-            self.automatic.load(self.memory.warmup)
-        self.automatic.warn_of_room(self.sample_size)
-        self.automatic.attach()
-
-    def _make_up_for_first_fit(self, args: TrainingArguments, state: TrainerState, ahead: bool) -> None:
-        """Resuming from a checkpoint without clusters, behind the first fit, or so shortly before it that less text
-        than it would have had is to be read till then: they are found as soon as there is a sample, and from then on
-        when they would have been."""
-        step, sampled = state.global_step, self._collecting_steps(args, self.sample_size)
-        if step == 0 or self._has_clusters():
-            return
-        behind = step >= self._first_fit
-        short = self._begun_at == step and not ahead and self._first_fit - step < min(sampled, self._first_fit)
-        if not behind and not short:
-            return
-        self._made_up = min(step + (sampled if behind else min(sampled, self._first_fit)), state.max_steps - 1)
-        logger.warning(
-            f"the checkpoint of step {step} has no clusters{'' if behind else ' and no sample of text'}, and the "
-            f"first fit {'was' if behind else 'is'} due at step {self._first_fit}: it is made up for at step "
-            f"{self._made_up}."
-        )
+            plan.automatic.load(self.memory.warmup)
+        plan.automatic.warn_of_room(self.sample_size)
+        plan.automatic.attach()
 
     def detach(self) -> None:
         """Takes the hooks off the model."""
         if self.collector is not None:
             self.collector.detach()
-        if self.automatic is not None:
-            self.automatic.detach()
+        if self.plan is not None and self.plan.automatic is not None:
+            self.plan.automatic.detach()
 
     def _fit_and_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer) -> None:
         self._log(state, control, self._fit(optimizer))
         for store in self._sampler.stores.values():
             store.newest()  # what was fitted moves nothing afterwards
-        following = self._next_fit(state.global_step, state.max_steps)
-        if following is None or following - state.global_step >= self._collecting_steps(args, self._kept):
+        following = self._planned.next_fit(state.global_step)
+        if following is None or following - state.global_step >= self._planned.steps_for(self._kept):
             self._sampler.clear()  # the next fit has a sample of its own
 
     def _fit(self, optimizer: Optimizer) -> dict[str, float]:
@@ -384,7 +350,8 @@ class ClusterExpertsCallback(TrainerCallback):
         control.should_log = due
 
     def _save(self, folder: Path, state: TrainerState) -> None:
-        self.memory.warmup = {} if self.automatic is None else self.automatic.state()
+        automatic = self._planned.automatic
+        self.memory.warmup = {} if automatic is None else automatic.state()
         save_state(folder, rank(), state.global_step, self.memory, self._sampler.stores, self.base)
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> bool:
