@@ -234,7 +234,8 @@ class CSEGPT2ForCausalLM(CSEGPT2PreTrainedModel, GPT2LMHeadModel, GenerationMixi
         if self.config.cse_routing == "sequence" and self.config.cse_layer_indices:
             raise ValueError(
                 f"{method}() is not possible with cse_routing='sequence': the route of a token would depend on tokens "
-                "that do not exist yet. Load the model with cse_routing='discriminant'."
+                "that do not exist yet. Load the model with the causal routing that its clusters were found for, "
+                "'evidence' or 'discriminant'."
             )
 
 

@@ -310,7 +310,8 @@ class CSEBaseMixin(Stock):
         if holds_tokens(past_key_values):
             raise ValueError(
                 "past_key_values is not empty, which cse_routing='sequence' does not allow: a route over the whole "
-                "sequence cannot be read from its last tokens. Use cse_routing='discriminant'."
+                "sequence cannot be read from its last tokens. Use the causal routing that the clusters were found "
+                "for, 'evidence' or 'discriminant'."
             )
         if self.config.reads_left_to_right:
             warn_that_routes_see_the_future(type(self).__name__)

@@ -53,8 +53,9 @@ class SequenceScope(NamedTuple):
 
 
 def _begins_again(position_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Whether a token's position is another one than the next after that of the token before it, padding left out.
-    `generate` counts on behind padding amid a row, where a turn of a dialogue ended early.
+    """Whether a token's position is another one than the next after that of the token before it. Behind padding amid a
+    row, where a turn of a dialogue ended early, positions may leave it out, as `generate` does, or count it, as stock
+    models do by default.
 
     Args:
         position_ids: (T,), which stock models take too, or (B, T).
@@ -68,7 +69,8 @@ def _begins_again(position_ids: torch.Tensor, mask: torch.Tensor | None) -> torc
     position_ids, mask = torch.broadcast_tensors(position_ids, mask)
     places = torch.arange(mask.shape[-1], device=mask.device)
     before = torch.where(mask, places, -1).cummax(-1).values[..., :-1]  # the last token of the text up to each
-    follows = position_ids[..., 1:] == position_ids.gather(-1, before.clamp_min(0)) + 1
+    onward = position_ids[..., 1:] - position_ids.gather(-1, before.clamp_min(0))
+    follows = (onward == 1) | (onward == places[1:] - before)
     return mask[..., 1:] & (before >= 0) & ~follows
 
 

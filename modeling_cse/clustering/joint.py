@@ -8,6 +8,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from .algorithms import Clustering, describe_clusters
+from .copies import without_copies
 from .evidence import Evidence, separations
 from .ownership import Identities, Ownership, assign_experts
 from .settings import GIVEN, SEPARATION, ClusterSettings
@@ -82,9 +83,10 @@ def fit_texts(
     lengths = (ids >= 0).sum(axis=1)
     shares = np.bincount(labels[labels >= 0], lengths[labels >= 0]) / lengths[labels >= 0].sum()
     evidence = Evidence.fit(ids, labels, shares, vocab_size, held)
-    # afterwards: what is held out may be among them, from an epoch before, and must not choose smoothing and temper
     if older is not None and len(older):
-        evidence = evidence.counted_on(ids[~held], labels[~held], older)
+        # what is held out may be among them, from an epoch before or read ahead, and would be measured on itself
+        apart_from = without_copies(older, ids[held])
+        evidence = evidence.counted_on(ids[~held], labels[~held], apart_from)
     apart = separations(ids, labels, len(clustering), vocab_size) if settings.common_by == SEPARATION else None
     before = Evidence(identities.centroids.T, identities.radii).of_texts(ids)
     ownership = assign_experts(

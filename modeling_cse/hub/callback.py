@@ -18,8 +18,8 @@ from transformers.utils import logging
 
 from ..sharding_cse import is_sharded
 from ..training import ClusterExpertsCallback, routed_base_model
-from .cards import RECIPE, THIS_MODEL, TRAINING_TIME, hours, write_model_card
-from .experts import describe_experts
+from .cards import RECIPE, THIS_MODEL, TRAINING_TIME, hours, template_path, write_model_card
+from .experts import check_dataset, describe_experts
 
 
 logger = logging.get_logger(__name__)
@@ -73,13 +73,18 @@ class ModelCardCallback(TrainerCallback):
         return self
 
     def on_train_begin(self, args: TrainingArguments, state, control, **kwargs):
+        if self.trainer is None:
+            raise ValueError("ModelCardCallback knows no trainer: call ModelCardCallback(...).attach(trainer).")
+        # here, because an error at the end of training would take what was trained along
+        template_path(self.template)
+        if self.texts is not None:
+            check_dataset(self.texts)
+            self._names()
         self._resumed = state.global_step > 0  # the Trainer's clock knows this process alone
 
     def on_train_end(self, args: TrainingArguments, state, control, **kwargs):
-        if self.trainer is None:
-            raise ValueError("ModelCardCallback knows no trainer: call ModelCardCallback(...).attach(trainer).")
         # The experts are settled when the callback that finds them has seen the end of training too.
-        callbacks = self.trainer.callback_handler.callbacks
+        callbacks = self._attached.callback_handler.callbacks
         for callback in callbacks[callbacks.index(self) + 1 :]:
             if isinstance(callback, ClusterExpertsCallback):
                 callback.finish(kwargs["model"])
@@ -113,10 +118,12 @@ class ModelCardCallback(TrainerCallback):
         config = copy.deepcopy(model.config)
         config.architectures = [self._class_name]  # which saving the model would write there
         named = zip_longest(_list(dataset) or _list(dataset_tags), _list(dataset_args), fillvalue="training text")
+        own, token_mean = self._perplexities()
         return write_model_card(
             trainer.args.output_dir,
             config=config,
-            results=self._results(),
+            results={THIS_MODEL: own, **self.results} if own else {},
+            token_mean=token_mean,
             recipe=self._recipe(),
             data={**self.data, **dict(named)},
             base_model=finetuned_from or self.base_model,
@@ -141,19 +148,29 @@ class ModelCardCallback(TrainerCallback):
         parts = self._attached.model.modules()
         return next(type(part).__name__ for part in parts if isinstance(part, PreTrainedModel))
 
-    def _results(self) -> dict[str, dict[str, float]]:
-        """Perplexities of the last evaluation by data set, and those of other models. Of the loss of other heads, and
-        of one that holds the next sentence's, there is no perplexity."""
+    def _perplexities(self) -> tuple[dict[str, float], bool]:
+        """Those of the last evaluation of this model by data set, and whether all are of means over tokens. Of the
+        loss of other heads, and of one that holds the next sentence's, there is no perplexity."""
         own: dict[str, float] = {}
+        over_tokens: dict[str, bool] = {}
         if not self._class_name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM")):
-            return {}
-        for entry in self._attached.state.log_history:
+            return {}, True
+        for entry in self._evaluations():
             for key, value in entry.items():
                 found = re.fullmatch(r"eval_(?:(.+)_)?loss", key)
                 if found:
                     exact = entry.get(key.removesuffix("loss") + "perplexity")
-                    own[found[1] or "all"] = exact if exact is not None else _exp(value)
-        return {THIS_MODEL: own, **self.results} if own else {}
+                    name = found[1] or "all"
+                    own[name], over_tokens[name] = _exp(value) if exact is None else exact, exact is not None
+        return own, all(over_tokens.values())
+
+    def _evaluations(self) -> list[dict[str, float]]:
+        """The log, without evaluations of models that the Trainer has left for its best one."""
+        state, log = self._attached.state, self._attached.state.log_history
+        end = max((place for place, entry in enumerate(log) if "train_runtime" in entry), default=len(log))
+        if not self._attached.args.load_best_model_at_end or state.best_global_step is None:
+            return log
+        return [entry for entry in log[:end] if entry.get("step") == state.best_global_step] + log[end:]
 
     def _recipe(self) -> dict[str, Any]:
         trainer, state = self._attached, self._attached.state
@@ -172,18 +189,31 @@ class ModelCardCallback(TrainerCallback):
         return recipe
 
     def _experts(self, model) -> list:
-        tokenizer = self.tokenizer or self._attached.processing_class
         if self.texts is None:
+            return []
+        base = routed_base_model(model) if model.config.cse_layer_indices else None
+        if base is None or base.config.cse_routing == "given":
+            why = "no layer has any" if base is None else "with cse_routing='given' texts do not tell their clusters"
+            logger.warning(f"The card says nothing of single experts: {why}.")
             return []
         if any(is_sharded(parameter) for parameter in model.parameters()):
             logger.warning("The card says nothing of single experts: FSDP has spread them over the processes.")
             return []
-        if not any(module.router.num_clusters for module in routed_base_model(model).routed_modules().values()):
+        if not any(module.router.num_clusters for module in base.routed_modules().values()):
             logger.warning("The card says nothing of single experts: the model has no clusters yet.")
             return []
+        return describe_experts(model, self._names(), self.texts, domain_column=self.domain_column)
+
+    def _names(self):
+        """The tokenizer of the texts.
+
+        Raises:
+            ValueError: there is none.
+        """
+        tokenizer = self.tokenizer or self._attached.processing_class
         if tokenizer is None:
             raise ValueError("tokenizer=None is not allowed with texts: the Trainer has no processing_class either.")
-        return describe_experts(model, tokenizer, self.texts, domain_column=self.domain_column)
+        return tokenizer
 
 
 def hardware(args: TrainingArguments) -> str:

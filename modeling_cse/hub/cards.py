@@ -85,6 +85,7 @@ def write_model_card(
     experts: Sequence[ExpertDescription] = (),
     tags: Sequence[str] = (),
     datasets: Sequence[str] = (),
+    token_mean: bool = True,
 ) -> ModelCard:
     """Write `README.md` with its Hub metadata into a checkpoint's folder.
 
@@ -107,6 +108,8 @@ def write_model_card(
         experts: what each expert is for, by `describe_experts`.
         tags: more tags for the metadata.
         datasets: more Hub ids of data sets for the metadata.
+        token_mean: whether the perplexities of this model are of means over tokens; otherwise the card says that they
+            are of the Trainer's `eval_loss`, a mean over batches.
 
     Returns:
         The card that was written. Perplexities that are not finite are in its table but not in its metadata, which
@@ -122,7 +125,7 @@ def write_model_card(
         raise ValueError(f"`results` has the runs {list(results)}, allowed is a dict with {THIS_MODEL!r}, this model")
     if repo_id is not None and not _is_valid_id(repo_id):
         raise ValueError(f"`repo_id` is {repo_id!r}, allowed is the name of a Hub repository, as in 'user/model'")
-    template_path = _template_path(template)
+    path = template_path(template)
     evaluated = _eval_results(results.get(THIS_MODEL, {}), data, task)
     card_data = ModelCardData(
         language=language,
@@ -138,7 +141,7 @@ def write_model_card(
     )
     card = ModelCard.from_template(
         card_data,
-        template_path=str(template_path),
+        template_path=str(path),
         title=escape(name),
         model_type=escape(config.model_type),
         base_model_name=escape(base_model if _is_hub_id(base_model) else Path(base_model).name) if base_model else "",
@@ -153,6 +156,7 @@ def write_model_card(
         recipe=_rows(recipe),
         data=_rows(data),
         results=_results_table(results),
+        token_mean=token_mean,
         experts=_experts_table(experts),
         versions=[(escape(package), escape(_version(package))) for package in VERSIONED],
         license_name=escape(license),
@@ -204,7 +208,13 @@ def _has_experts(config: PretrainedConfig) -> bool:
     return hasattr(config, "cse_routing") and getattr(config, "cse_layers", None) != []
 
 
-def _template_path(template: str | Path | None) -> Path:
+def template_path(template: str | Path | None) -> Path:
+    """
+    The file of a card's template, that of the repository where none is named.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     path = TEMPLATE if template is None else Path(template)
     if not path.is_file():
         raise FileNotFoundError(f"`template`: there is no file {str(path)!r}")

@@ -79,8 +79,7 @@ def describe_experts(
         raise ValueError(
             "model has cse_routing='given': its clusters come with the batch, so that texts do not tell them."
         )
-    if not hasattr(dataset, "__len__"):
-        raise ValueError(f"dataset is a {type(dataset).__name__} without a length: it must have rows by number.")
+    check_dataset(dataset, text_column)
     drawn = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:most])
     rows = [dataset[int(row)] for row in drawn]
     ids = [_ids(row, tokenizer, text_column, base.config.max_position_embeddings) for row in rows]
@@ -115,16 +114,38 @@ def describe_experts(
     return described
 
 
+def check_dataset(dataset: Any, text_column: str = "text") -> None:
+    """
+    Whether experts can be told by rows like these.
+
+    Raises:
+        ValueError: it has no length, or its first row has neither ids nor text.
+    """
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"dataset is a {type(dataset).__name__} without a length: it must have rows by number.")
+    if len(dataset):
+        _check_row(dataset[0], text_column)
+
+
+def _check_row(row: Any, text_column: str) -> None:
+    if not isinstance(row, Mapping):
+        raise ValueError(
+            f"dataset has rows that are {type(row).__name__}: they must be dicts with `input_ids`, or with text in "
+            f"text_column={text_column!r}."
+        )
+    if "input_ids" not in row and text_column not in row:
+        raise ValueError(
+            f"dataset has rows of {sorted(row)}: it must have `input_ids`, or text in text_column={text_column!r}."
+        )
+
+
 def _ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, text_column: str, longest: int) -> list[int]:
     """Tokens of a row, without padding."""
+    _check_row(row, text_column)
     if "input_ids" in row:
         ids = torch.as_tensor(row["input_ids"]).tolist()
         mask = torch.as_tensor(row["attention_mask"]).tolist() if "attention_mask" in row else [1] * len(ids)
         return [token for token, seen in zip(ids, mask, strict=True) if seen][:longest]
-    if text_column not in row:
-        raise ValueError(
-            f"dataset has rows of {sorted(row)}: it must have `input_ids`, or text in text_column={text_column!r}."
-        )
     return tokenizer(row[text_column], truncation=True, max_length=longest)["input_ids"]
 
 

@@ -235,6 +235,7 @@ def parse_arguments(
     *groups, rest = parser.parse_args_into_dataclasses(args=argv)
     training = groups[-1]
     if rest.smoke:
+        groups[2].recluster_until = None  # a step or share of a long run may lie before the first fit of a short one
         training.output_dir += "_smoke"
         groups[1].smoke = True
     if training.bf16 and not has_bf16(training.use_cpu):

@@ -106,7 +106,7 @@ class Comparison:
         return parse_arguments([self.arguments.recipe, "--output_dir", str(self.folder)])
 
     def _cut(self) -> Extract:
-        _, data, _, training = self._recipe()
+        data = self._recipe()[1]
         steps = self.arguments.steps or MOST_STEPS
         return make_extract(
             self.folder / "data",
@@ -114,15 +114,20 @@ class Comparison:
             validation=self.arguments.validation,
             text_column=self.arguments.text_column,
             domain_column=self.arguments.domain_column,
-            tokens=steps * training.per_device_train_batch_size * data.block_size,
+            tokens=steps * self._step_blocks() * data.block_size,
             block_size=data.block_size,
             vocab_size=self._size()[1],
         )
 
+    def _step_blocks(self) -> int:
+        """Blocks that an optimizer step reads."""
+        training = self._recipe()[3]
+        return training.per_device_train_batch_size * training.gradient_accumulation_steps
+
     def _steps(self) -> int:
         if self.arguments.steps is not None:
             return self.arguments.steps
-        a_pass = self.extract.blocks["train"] / self._recipe()[3].per_device_train_batch_size
+        a_pass = self.extract.blocks["train"] / self._step_blocks()
         return min(MOST_STEPS, math.ceil(MOST_EPOCHS * a_pass))
 
     def _one_seed(self, seed: int) -> Path:

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..analysis import read_metrics
 from ..data import FreshMasks
@@ -77,6 +78,22 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = _settings_text(settings)
     replace_whole(folder / "run.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def ends_with(checkpoint: str, args: TrainingArguments) -> str:
+    """
+    The checkpoint whose weights a run ends with that has made its last step: with `load_best_model_at_end` the best
+    one, which the Trainer goes back to.
+
+    Args:
+        checkpoint: of the last step.
+        args: of the run.
+    """
+    if not args.load_best_model_at_end:
+        return checkpoint
+    best = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).best_model_checkpoint
+    # by name: the folder of the run may have been moved
+    return checkpoint if best is None else str(Path(checkpoint).parent / Path(best).name)
 
 
 def note_interruption(folder: Path, name: str) -> None:

@@ -42,7 +42,7 @@ from ..training import ClusterExpertsCallback, check_checkpoint, last_complete_c
 from .arguments import ClusterArguments, DataArguments, ModelArguments, parse_arguments
 from .checks import check_arguments, check_best_metric, check_twin
 from .extract import digest
-from .folder import EpochCallback, JsonLinesCallback, check_folder, note_interruption, write_settings
+from .folder import EpochCallback, JsonLinesCallback, check_folder, ends_with, note_interruption, write_settings
 from .recipes import find_config
 from .report import report_run
 from .smoke import little_text
@@ -369,7 +369,7 @@ class Pretraining:
             clusters.attach(trainer)
         if checkpoint is not None and int(checkpoint.rpartition("-")[2]) >= args.max_steps > 0:
             # killed after its last step: the Trainer (5.23) looks for the end only after a step, and would make one
-            model = self.family.model_class.from_pretrained(checkpoint)
+            model = self.family.model_class.from_pretrained(ends_with(checkpoint, args))
             if clusters is not None:
                 clusters.finish(model)
             trainer.model = model

@@ -14,7 +14,7 @@ from ..clustering.settings import is_count, is_share
 from ..dispatch_cse import RoutedModule, Site
 from ..sharding_cse import is_sharded
 from .ahead import can_read_ahead, read_ahead
-from .checking import check_late, check_model, check_sizes, check_warmup, is_joint, refuse_replicas
+from .checking import check_late, check_model, check_sizes, check_until, check_warmup, is_joint, refuse_replicas
 from .checkpoints import check_sums
 from .collecting import FeatureCollector, refuse_adapters, refuse_parallel_plans, routed_base_model
 from .fitting import fit_layers
@@ -41,7 +41,8 @@ class ClusterExpertsCallback(TrainerCallback):
     The model trains densely for a warm-up. Then clusters are found among the routing features of the last training
     batches (no second forward pass), long-tail clusters get an expert each, and every `recluster_every` they are
     found again, matched to the old ones so that an expert keeps its domain. Where the first sample would not be full,
-    it is filled up with text that is read ahead, if routes look at no hidden state (`training.ahead`).
+    it is filled up with text that is read ahead, if routes look at no hidden state (`training.ahead`). A model that
+    has clusters already keeps them until then; where nothing can be read ahead, until training has read a sample.
 
     Args:
         warmup (`int`, `float` or `"auto"`): dense steps, or share of training (below 1). 0: the model has clusters, or
@@ -148,7 +149,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self.base = routed_base_model(model)
         detach_what_is_left(self.base)
         self.settings = self._asked.resolve(self.base.config.cse_routing)
-        check_model(self.base, self.settings, self.schedule, self.evidence_size)
+        check_model(self.base, self.settings, self.schedule, self.sample_size, self.evidence_size)
         check_stage(model)
         # with auto_find_batch_size the arguments keep the first guess
         self._rows = (state.train_batch_size if args.auto_find_batch_size else None) or args.train_batch_size
@@ -163,6 +164,8 @@ class ClusterExpertsCallback(TrainerCallback):
         ahead = state.global_step == begun_at and self._may_read_ahead(dataloader)
         self.plan = self._begin_plan(args, state, begun_at)
         self._begin_warmup(state, kwargs.get("processing_class"), ahead)
+        if self.plan.first == 0 and self._has_clusters() and not self._may_read_ahead(dataloader):
+            self._warn(self.plan.keep_until_sampled())
         if self.trainer is None and args.report_to:
             logger.warning(
                 f"report_to={args.report_to}: cluster metrics are only in the trainer state. Use "
@@ -170,7 +173,7 @@ class ClusterExpertsCallback(TrainerCallback):
             )
         self.collector.attach(self._sites())
         self.idle.take(self._modules(), optimizer)
-        missing = self.plan.missing_at_first_fit()
+        missing = self.plan.missing(self._has_clusters())
         if ahead and missing > 0:
             read_ahead(self.collector, model, dataloader, self._rows, missing, self.settings.seed)
         if self.plan.first_fit == 0 and not self._has_clusters():
@@ -181,9 +184,7 @@ class ClusterExpertsCallback(TrainerCallback):
         if self._planned.automatic is not None:
             self._planned.automatic.begin(state.global_step)
         # Features drift while the model trains, so a fit sees the last batches before it: of older ones no states.
-        fit = self._planned.next_fit(state.global_step)
-        near = fit is not None and fit - state.global_step <= self._planned.steps_for(self._kept)
-        self._sampler.enabled = self._moves() or near
+        self._sampler.enabled = self._moves() or self._planned.is_near(state.global_step, self._kept)
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.idle.restore()
@@ -260,8 +261,9 @@ class ClusterExpertsCallback(TrainerCallback):
 
     def _may_read_ahead(self, dataloader) -> bool:
         """Whether a fit may look at text that training has not seen yet. Layers are chosen by states, that only
-        training has."""
-        return not self._has_clusters() and self._budget() is None and can_read_ahead(self.base, dataloader)
+        training has; where there are clusters they are chosen."""
+        chosen = self._has_clusters() or self._budget() is None
+        return chosen and can_read_ahead(self.base, dataloader)
 
     def _begin_plan(self, args: TrainingArguments, state: TrainerState, begun_at: int) -> FitPlan:
         if state.global_step == 0:  # otherwise the checkpoint says it; averages start from a fit in this run
@@ -278,20 +280,27 @@ class ClusterExpertsCallback(TrainerCallback):
         if plan.first is not None and self.memory.fits:
             plan.first = min(plan.first, state.global_step)  # over, also where training has become longer since
         if plan.first is not None:
-            begins = ahead and state.global_step == 0 or self._has_clusters()
+            begins = ahead or self.memory.made_up is not None or self._has_clusters()
             check_warmup(self.schedule, plan.first, state.max_steps, begins, bool(self.memory.discriminants))
-            warning = None if self._has_clusters() else plan.make_up_for_first_fit(state.global_step, ahead)
-            if warning is not None:
-                logger.warning(warning)
+            plan.made_up = self.memory.made_up
+            if plan.made_up is None and not self._has_clusters():
+                self._warn(plan.make_up_for_first_fit(state.global_step, ahead))
+                self.memory.made_up = plan.made_up
             return
         if self._has_clusters() and not self.memory.warmup:
             raise ValueError("warmup='auto' is not allowed for a model that has clusters: use warmup=0.")
         special, steps = getattr(tokenizer, "all_special_ids", ()), plan.steps_for(self.sample_size)
         plan.automatic = AutomaticWarmup(self.base, state.max_steps, plan.step_sequences, steps, special)
+        check_until(self.schedule, plan.automatic.latest, state.max_steps)
         if self.memory.warmup:
             plan.automatic.load(self.memory.warmup)
         plan.automatic.warn_of_room(self.sample_size)
         plan.automatic.attach()
+
+    @staticmethod
+    def _warn(message: str | None) -> None:
+        if message is not None:
+            logger.warning(message)
 
     def detach(self) -> None:
         """Takes the hooks off the model."""

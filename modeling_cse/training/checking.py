@@ -61,17 +61,13 @@ def check_warmup(schedule: FitSchedule, first: int, max_steps: int, begins: bool
     Raises:
         ValueError: it ends behind training or the last fit, or there is none where one is needed.
     """
-    warmup, until = schedule.warmup, schedule.recluster_until
+    warmup = schedule.warmup
     if first >= max_steps:
         raise ValueError(
             f"warmup={warmup!r} is not allowed: it ends at step {first}, but training has only {max_steps} steps, so "
             "no expert would ever be switched on."
         )
-    if until is not None and as_step(until, max_steps) < first:
-        raise ValueError(
-            f"recluster_until={until!r} is not allowed with warmup={warmup!r}: it is step "
-            f"{as_step(until, max_steps)}, and must not lie before the first fit at step {first}."
-        )
+    check_until(schedule, first, max_steps)
     if first == 0 and not begins:
         raise ValueError(
             "warmup=0 is not allowed for a model without clusters, except with cse_routing='evidence' or 'given', "
@@ -80,6 +76,25 @@ def check_warmup(schedule: FitSchedule, first: int, max_steps: int, begins: bool
         )
     if first == 0 and schedule.update == "ema" and not averages:
         raise ValueError("warmup=0 is not allowed with update='ema': averages start from a fit in this run.")
+
+
+def check_until(schedule: FitSchedule, first: int, max_steps: int) -> None:
+    """
+    Whether the last fit may lie where it was asked for.
+
+    Args:
+        first: the step of the first fit, with `warmup="auto"` the latest that it may have.
+
+    Raises:
+        ValueError: it lies before the first.
+    """
+    until = schedule.recluster_until
+    if until is not None and as_step(until, max_steps) < first:
+        raise ValueError(
+            f"recluster_until={until!r} is not allowed with warmup={schedule.warmup!r}: it is step "
+            f"{as_step(until, max_steps)}, and must not lie before the first fit at step {first}"
+            f"{', the latest' if schedule.warmup == 'auto' else ''}."
+        )
 
 
 def check_late(step: int, max_steps: int) -> None:
@@ -111,7 +126,11 @@ def refuse_replicas(args: TrainingArguments) -> None:
 
 
 def check_model(
-    base: nn.Module, settings: ClusterSettings, schedule: FitSchedule, evidence_size: int | None = None
+    base: nn.Module,
+    settings: ClusterSettings,
+    schedule: FitSchedule,
+    sample_size: int,
+    evidence_size: int | None = None,
 ) -> None:
     """
     Whether a training may keep the clusters of a model so.
@@ -120,10 +139,12 @@ def check_model(
         base: a CSE base model.
         settings: resolved for its routing.
         schedule: of the fits.
+        sample_size: sequences of a fit.
         evidence_size: sequences whose tokens are counted, if it was said.
 
     Raises:
-        ValueError: a quantised base, more clusters than the routers hold, or what does not go with the routing.
+        ValueError: a quantised base, more clusters than the routers or a sample hold, a projection to more dimensions
+            than states have, or what does not go with the routing.
     """
     modules = list(base.routed_modules().values())
     for module in modules:
@@ -135,7 +156,9 @@ def check_model(
             f"num_clusters={settings.num_clusters} is not allowed: the routers of this model hold at most "
             f"cse_max_clusters={most}."
         )
+    check_sizes(sample_size, evidence_size, 1 if asked is None else asked[0])
     check_algorithm(base, settings)
+    settings.projected_width(base.config.hidden_size)
     if schedule.moves and is_joint(base, settings):
         raise ValueError(
             f"update={schedule.update!r} is not allowed with algorithm={settings.algorithm!r} and "

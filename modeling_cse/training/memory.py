@@ -34,6 +34,7 @@ class ClusterMemory:
     Fields:
         fits: fits so far.
         at_once: whether training began with clusters.
+        made_up: the step at which a run that was resumed without clusters makes up for its first fit (`FitPlan`).
         identities: by site, which clusters own which expert.
         discriminants: by site; kept where centroids move between fits.
         texts: which clusters of texts own which expert, where all sites share them (`fit_texts`).
@@ -42,6 +43,7 @@ class ClusterMemory:
 
     fits: int = 0
     at_once: bool = False
+    made_up: int | None = None
     identities: dict[Site, Identities] = field(default_factory=dict)
     discriminants: dict[Site, Discriminant] = field(default_factory=dict)
     texts: Identities | None = None
@@ -93,6 +95,7 @@ def save_state(
         "ranks": str(world_size()),
         "fits": str(memory.fits),
         "at_once": json.dumps(memory.at_once),
+        "made_up": json.dumps(memory.made_up),
         "seen": json.dumps({str(site): store.seen for site, store in stores.items()}),
         "passes": json.dumps({str(site): store.passes for site, store in stores.items()}),
         "shapes": json.dumps(_shapes(base)),
@@ -135,6 +138,7 @@ def load_state(
     named = load_file(path)
     memory.fits = int(metadata["fits"])
     memory.at_once = json.loads(metadata.get("at_once", "false"))  # release 0.1.0 did not say
+    memory.made_up = json.loads(metadata.get("made_up", "null"))  # nor this
     memory.load(named)
     seen, passes = json.loads(metadata["seen"]), json.loads(metadata["passes"])
     for site, store in stores.items():

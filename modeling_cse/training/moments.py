@@ -20,6 +20,8 @@ SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
 # What holds one value per weight that can be laid out like the weight, and what only counts steps; by PyTorch's names.
 PER_WEIGHT = ("exp_avg", *SQUARES, "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "sum")
 COUNTS = ("step", "mu_product")
+# Of these, what carries a weight on in the direction it went: nothing of it is a new owner's.
+CARRIES = ("exp_avg", "momentum_buffer", "grad_avg")
 
 
 @torch.no_grad()
@@ -34,8 +36,9 @@ def start_moments(
     matrix in the same place. From zero, Adam would divide by next to nothing and take its first steps several times
     too large: (1 - beta1^n) / sqrt(1 - beta2^n) is 6.5 after n = 10 steps at beta2 = 0.999.
 
-    Optimizers whose state is not one plain value per weight (Adafactor, those in eight bits), and SGD without
-    momentum, which has none, start by themselves.
+    Where the base's state cannot be read (it is frozen, or its state is not one plain value per weight, as that of
+    Adafactor and of optimizers in eight bits), experts start by themselves; slots that had another owner lose its
+    momentum, if that is plain.
 
     Args:
         optimizer: of the run.
@@ -47,6 +50,7 @@ def start_moments(
         return
     names = _state_names(optimizer, module)
     if not slots or not names:
+        _change_owners(optimizer, module, slots)
         return
     for parameter in module.experts.parameters():
         _begin_state(optimizer, parameter, like=_first_base_state(optimizer, module))
@@ -58,6 +62,21 @@ def start_moments(
             before = whole(state).clone() if any(parent is not None for parent in slots.values()) else state
             for slot, parent in slots.items():
                 write_slot(state, slot, start[key] if parent is None else before[parent])
+
+
+def _change_owners(
+    optimizer: torch.optim.Optimizer, module: RoutedModule, slots: Mapping[int, int | None]
+) -> None:
+    """Without the base's state: a copy takes over what is known of its parent, a fresh expert no momentum."""
+    for parameter in module.experts.parameters():
+        state = optimizer.state.get(parameter, {})
+        for name in (name for name, value in state.items() if name in PER_WEIGHT and _is_plain(value, parameter)):
+            before = whole(state[name]).clone()
+            for slot, parent in slots.items():
+                if parent is not None:
+                    write_slot(state[name], slot, before[parent])
+                elif name in CARRIES:
+                    write_slot(state[name], slot, torch.zeros_like(before[slot]))
 
 
 def _whole_state(optimizer: torch.optim.Optimizer, name: str, parameter: nn.Parameter) -> torch.Tensor:

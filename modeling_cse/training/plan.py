@@ -22,6 +22,7 @@ class FitPlan:
         first: the step of the first fit, if the schedule says it.
         automatic: a warm-up that finds that step while training; None where the schedule says it.
         made_up: the step at which a resumed run makes up for a first fit that its checkpoint lacks.
+        not_before: clusters that the model had from the beginning are kept until this step.
     """
 
     def __init__(self, schedule: FitSchedule, max_steps: int, step_sequences: int, sample_size: int, begun_at: int):
@@ -33,26 +34,65 @@ class FitPlan:
         self.first = schedule.first_fit(max_steps)
         self.automatic: AutomaticWarmup | None = None
         self.made_up: int | None = None
+        self.not_before = 0
 
     @property
     def first_fit(self) -> int | None:
-        """The step of the first fit; None while an automatic warm-up goes on."""
-        return self.first if self.automatic is None else self.automatic.first_fit
+        """The step of the first fit; None while an automatic warm-up looks for it."""
+        if self.automatic is None:
+            return self.first
+        looks = self.automatic.first_fit is None and self.automatic.has_room
+        return None if looks else self.automatic.first_fit or self.automatic.latest
 
     def next_fit(self, step: int) -> int | None:
         """The first step after `step` at whose end clusters are fitted; None if there is none, or it is not known."""
         if self.made_up is not None and step < self.made_up:
             return self.made_up
-        return None if self.first_fit is None else self.schedule.next_fit(self.first_fit, step, self.max_steps)
+        if self.first_fit is None:
+            return None
+        fit = self.schedule.next_fit(self.first_fit, step, self.max_steps)
+        while fit is not None and fit < self.not_before:
+            fit = self.schedule.next_fit(self.first_fit, fit, self.max_steps)
+        return fit
+
+    def is_near(self, step: int, sequences: int) -> bool:
+        """Whether the step after `step` belongs to those whose sequences a fit reads, the last so many before it; with
+        more than a sample each does until an automatic warm-up has said when it ends."""
+        fit = self.next_fit(step)
+        if fit is None:
+            return self.first_fit is None and sequences > self.sample_size
+        return fit - step <= self.steps_for(sequences)
 
     def steps_for(self, sequences: int) -> int:
         """Optimizer steps that read so many sequences."""
         return math.ceil(sequences / self.step_sequences)
 
-    def missing_at_first_fit(self) -> int:
-        """Sequences that training will not have read by then of those that make a sample."""
-        due = self.first_fit if self.made_up is None else self.made_up
-        return 0 if due is None else self.sample_size - (due - self.begun_at) * self.step_sequences
+    def missing(self, has_clusters: bool) -> int:
+        """Sequences of a sample that training will not have read by its next fit.
+
+        Args:
+            has_clusters: whether the model has some already, so that with `warmup=0` that fit is the second.
+        """
+        due = self.next_fit(self.begun_at) if has_clusters or self.made_up is not None else self.first_fit
+        return 0 if due is None else self.sample_size - max(0, due - self.begun_at) * self.step_sequences
+
+    def keep_until_sampled(self) -> str | None:
+        """
+        Plans for a model that has clusters from the beginning and of whose data nothing is read ahead: until training
+        has read a sample they stay, because what they were found on was larger than what could be fitted.
+
+        Returns:
+            What is to be said of it; None where each fit has its sample anyway.
+        """
+        asked = self.next_fit(0)
+        self.not_before = self.steps_for(self.sample_size)
+        planned = self.next_fit(0)
+        if planned == asked:
+            return None
+        return (
+            f"training has read less than sample_size={self.sample_size} sequences by step {asked}: the clusters that "
+            f"the model has are kept until {'its end' if planned is None else f'step {planned}'}."
+        )
 
     def make_up_for_first_fit(self, step: int, ahead: bool) -> str | None:
         """
@@ -68,7 +108,7 @@ class FitPlan:
             What is to be said of it; None where nothing is to be made up for.
         """
         first, sampled = self.first, self.steps_for(self.sample_size)
-        if step == 0 or first is None:
+        if step == 0 or first is None or first == 0 and ahead:  # the last one: as before a first step
             return None
         behind = step >= first
         short = self.begun_at == step and not ahead and first - step < min(sampled, first)

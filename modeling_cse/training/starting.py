@@ -191,7 +191,7 @@ def _check_budget(cse_layers: list[int] | str | None, budget: int | None, depth:
 
 
 def _cse_config(ours: type[PreTrainedModel], dense: PreTrainedConfig, flags: dict[str, Any]) -> PreTrainedConfig:
-    foreign = {"model_type", "architectures", "transformers_version"}
+    foreign = {"model_type", "architectures", "transformers_version", "auto_map"}  # the last one: code of its own
     values = {name: value for name, value in dense.to_dict().items() if name not in foreign}
     return ours.config_class(**{**values, **flags})
 

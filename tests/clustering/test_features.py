@@ -75,14 +75,14 @@ def test_a_separator_ends_a_document():
 
 @pytest.mark.parametrize("per_row", [True, False])
 def test_padding_amid_a_row_neither_starts_nor_ends_a_document(per_row):
-    """As `generate` counts: positions go on behind it. Padding may be the separator itself."""
+    """Positions go on behind it, as `generate` counts, or count it. Padding may be the separator itself."""
     mask = torch.tensor([[0, 1, 1, 0, 0, 1, 1], [1, 1, 0, 1, 1, 1, 1]])
     places = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
     ids = torch.tensor([[3, 5, 5, 3, 3, 5, 5], [5, 5, 3, 5, 3, 6, 6]])
     if not per_row:
         mask, places, ids = mask[:1], places[0], ids[:1]
     segments = SequenceScope.of(mask, places).segments
-    assert not segments.any()
+    assert not segments.any() and not SequenceScope.of(mask, torch.arange(7).expand_as(places)).segments.any()
     by_token = SequenceScope.of(mask, None, ids, 3).segments
     assert by_token.tolist() == [[0] * 7, [0, 0, 0, 0, 0, 1, 1]][: len(mask)]
     packed = places.clone()

@@ -165,3 +165,15 @@ def test_copies_of_a_text_lie_on_one_side():
     held = held_out(20, ids)
     assert not held[0] and not held[copy] and held[first] and held[copy + 1]
     assert held.sum() == held_out(20).sum()
+
+
+def test_no_text_is_counted_that_evidence_is_measured_on():
+    """Of an epoch before, or read ahead and then by training."""
+    ids, _ = texts(count=48)
+    older, _ = texts(count=100, seed=9)
+    held = ids[held_out(len(ids))]
+    assert len(held) >= 2
+    longer = np.pad(np.concatenate([held, older]), ((0, 0), (0, 3)), constant_values=-1)
+    found, wanted = fit(ids, older=longer), fit(ids, older=older)
+    np.testing.assert_array_equal(found.evidence.table, wanted.evidence.table)
+    assert found.metrics == wanted.metrics

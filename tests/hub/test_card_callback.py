@@ -2,6 +2,7 @@
 """Promises of the card that a Trainer makes: results, recipe and experts of its run, not the Trainer's draft."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from hub_tiny import texts, tokenizer
@@ -53,7 +54,7 @@ def test_it_has_the_results_of_the_last_evaluation_and_stands_for_the_trainers_d
     )
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.eval_results[0].metric_value == pytest.approx(math.exp(found["eval_law_loss"]))
-    assert "| law | " in card.text and "| 100.00 |" in card.text
+    assert "| law | " in card.text and "| 100.00 |" in card.text and "`eval_loss`, a mean over batches" in card.text
     assert "# My model" in card.text and "grown from org/base" in card.text and "| Texts | small |" in card.text
     assert card.data.datasets == ["org/text"] and card.data.base_model == "org/base"
     assert "mine" in card.data.tags and "cse_gpt2" in card.data.tags
@@ -65,14 +66,58 @@ def test_it_has_the_results_of_the_last_evaluation_and_stands_for_the_trainers_d
 
 def test_exact_perplexities_go_before_those_of_mean_losses():
     cards = ModelCardCallback(results={"dense": {"law": 2.0}})
-    cards.trainer = type("Fake", (), {"state": type("State", (), {})(), "model": tiny_model("gpt2", "ForCausalLM")})()
+    args = SimpleNamespace(load_best_model_at_end=False)
+    cards.trainer = SimpleNamespace(state=SimpleNamespace(), model=tiny_model("gpt2", "ForCausalLM"), args=args)
     cards.trainer.state.log_history = [
         {"eval_loss": 9.0, "loss": 3.0},
         {"eval_law_loss": 1.0, "eval_law_perplexity": 3.0, "step": 4},
         {"eval_loss": 2.0},
         {"eval_far_loss": 1e4},
     ]
-    assert cards._results() == {"cse": {"all": math.exp(2), "law": 3.0, "far": math.inf}, "dense": {"law": 2.0}}
+    assert cards._perplexities() == ({"all": math.exp(2), "law": 3.0, "far": math.inf}, False)
+    cards.trainer.state.log_history = [{"eval_loss": 9.0}, {"eval_loss": 1.0, "eval_perplexity": 3.0}]
+    assert cards._perplexities() == ({"all": 3.0}, True)
+
+
+def test_the_results_are_those_of_the_model_that_is_left(tmp_path):
+    """The Trainer goes back to its best; what is evaluated afterwards is of that one."""
+    cards = ModelCardCallback()
+    args = SimpleNamespace(load_best_model_at_end=True)
+    log = [{"step": step, "eval_loss": 1.0 + step, "eval_perplexity": 1.0 + step} for step in (2, 4)]
+    log.append({"step": 4, "train_runtime": 1.0})
+    state = SimpleNamespace(best_global_step=2, log_history=log)
+    cards.trainer = SimpleNamespace(state=state, model=tiny_model("gpt2", "ForCausalLM"), args=args)
+    assert cards._perplexities() == ({"all": 3.0}, True)
+    state.log_history.append({"step": 4, "eval_loss": 7.0, "eval_perplexity": 8.0})
+    assert cards._perplexities() == ({"all": 8.0}, True)
+    state.best_global_step = None
+    assert cards._perplexities() == ({"all": 8.0}, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"texts": iter(texts())}, "without a length"),
+        ({"texts": [{"body": "wab"}]}, r"rows of \['body'\]"),
+        ({"texts": ["wab"]}, "rows that are str: they must be dicts"),
+        ({"template": "missing.md"}, "there is no file 'missing.md'"),
+        ({"tokenizer": None}, "tokenizer=None is not allowed"),
+    ],
+)
+def test_what_a_card_cannot_be_made_of_is_refused_before_training(tmp_path, changes, message):
+    options = {"texts": texts(), "tokenizer": tokenizer(), **changes}
+    trainer, _ = run(tmp_path, train=False, **options)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("flags", [{"cse_layers": []}, {"cse_routing": "given"}], ids=["dense", "given"])
+def test_a_model_whose_experts_texts_cannot_tell_gets_a_card_without_them(tmp_path, flags):
+    trainer = make_trainer(tmp_path, model=tiny_model("gpt2", **flags))
+    ModelCardCallback(texts=texts(), tokenizer=tokenizer()).attach(trainer)
+    trainer.create_model_card()
+    assert "## The experts" not in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_loss_of_another_head_is_no_perplexity(tmp_path):

@@ -93,7 +93,7 @@ def test_a_package_that_is_not_installed_is_said_so(tmp_path, monkeypatch):
     [
         (config(), "generation with a cache"),
         (config(cse_routing="sequence"), "depend on later"),
-        (config(MaskedFamilyConfig, cse_routing="sequence"), "need an attention mask"),
+        (config(MaskedFamilyConfig, cse_routing="sequence"), "need `position_ids` that begin anew"),
         (config(cse_routing="evidence"), "those read so far"),
         (config(MaskedFamilyConfig, cse_routing="evidence"), "whole text has to be in view"),
         (config(cse_routing="given"), "routed by the cluster that is passed with it"),

@@ -73,6 +73,8 @@ def test_what_cannot_be_told_is_refused_by_name(model):
         describe_experts(model, names, [{"input_ids": []}, {"input_ids": []}])
     with pytest.raises(ValueError, match=r"rows of \['body'\]"):
         describe_experts(model, names, [{"body": "wab"}])
+    with pytest.raises(ValueError, match="rows that are str: they must be dicts"):
+        describe_experts(model, names, ["a text with input_ids"])
     with pytest.raises(ValueError, match="cse_routing='given'"):
         describe_experts(tiny_model("gpt2", cse_routing="given"), names, texts())
     with pytest.raises(ValueError, match="no clusters"):

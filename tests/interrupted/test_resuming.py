@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import tiny_model
 from tiny_runs import fit_steps, history, make_trainer, settings, train
 
 from modeling_cse import ClusterExpertsCallback
@@ -77,6 +78,26 @@ def test_a_dense_checkpoint_from_behind_the_first_fit_is_made_up_for(tmp_path, c
     trainer = run(tmp_path, update, resume=resumed, max_steps=16, save_strategy="no")
     assert fit_steps(trainer) == fits
     assert "checkpoint of step 8 has no clusters, and the first fit was due at step 6" in caplog.text
+
+
+def test_what_is_made_up_for_is_not_put_off_by_another_stop(tmp_path):
+    """Again resumed two steps before the fit, which takes four steps to sample for."""
+    make_trainer(tmp_path / "dense", **{**SAVING, "save_steps": 2, "max_steps": 9}).train()
+    resumed = str(tmp_path / "dense" / "checkpoint-8")
+    saving = {"max_steps": 16, "save_strategy": "steps", "save_steps": 2}
+    slow = partial(ClusterExpertsCallback, **{**SLOW, "sample_size": 32, "update": "frozen"})
+    whole = train(tmp_path / "whole", slow(), resume=resumed, resume_from_checkpoint=resumed, **saving)
+    place = str(tmp_path / "whole" / "checkpoint-10")
+    again = train(tmp_path / "again", slow(), resume=place, resume_from_checkpoint=place, **saving)
+    assert fit_steps(whole) == [12] and history(again) == history(whole)
+
+
+def test_a_dense_checkpoint_goes_on_with_clusters_at_once_where_text_can_be_read_ahead(tmp_path):
+    model = partial(tiny_model, "gpt2", cse_routing="evidence")
+    make_trainer(tmp_path, model=model(), **{**SAVING, "save_steps": 3, "max_steps": 4}).train()
+    own = ClusterExpertsCallback(**{**SLOW, "warmup": 0, "update": "frozen"})
+    trainer = train(tmp_path, own, model=model(), resume=str(tmp_path / "checkpoint-3"))
+    assert fit_steps(trainer) == [3]
 
 
 @pytest.mark.parametrize("warmup", [6, "auto"])

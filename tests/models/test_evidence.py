@@ -225,6 +225,8 @@ def test_padding_amid_a_text_changes_no_token(routing):
     places = (hole.cumsum(-1) - 1).clamp_min(0)
     routes = [outputs_of(model, padded, attention_mask=hole, position_ids=places), outputs_of(model, ids)]
     torch.testing.assert_close(routes[0].logits[hole.bool()].view(8, 12, -1), routes[1].logits, **CLOSE)
+    counted = outputs_of(model, padded, attention_mask=hole, position_ids=torch.arange(15).expand(8, -1))
+    assert torch.equal(counted.logits, outputs_of(model, padded, attention_mask=hole).logits), "as in stock models"
 
 
 @pytest.mark.parametrize("search", [{"do_sample": True, "top_k": 0}, {"num_beams": 3}], ids=str)

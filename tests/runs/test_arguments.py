@@ -219,7 +219,8 @@ def test_cluster_arguments_that_cannot_be_are_refused(tmp_path, text):
 
 def test_smoke_shortens_any_run_and_gives_it_a_folder_of_its_own(tmp_path):
     path = recipe(tmp_path, "max_steps: 600\noutput_dir: runs/mine\nuse_cpu: true\n")
-    _, data, clusters, training = parse_arguments([path, "--smoke", "--max_steps", "50"])
+    _, data, clusters, training = parse_arguments([path, "--smoke", "--max_steps", "50", "--recluster_until", "0.3"])
+    assert clusters.recluster_until is None, "which may lie before the first fit of so short a run"
     assert training.max_steps == 8 and training.output_dir == "runs/mine_smoke"
     assert data.max_train_samples == 80 and (clusters.warmup, clusters.recluster_every) == ("4", "2")
     _, data, _, training = parse_arguments([path])

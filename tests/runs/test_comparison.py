@@ -200,6 +200,15 @@ def test_without_steps_the_text_is_read_twice_but_not_for_ever(corpus, blocks, s
     assert made._steps() == steps
 
 
+def test_batches_are_counted_whole_where_gradients_are_accumulated(corpus, tmp_path):
+    """Two passes in half as many steps."""
+    whole = tmp_path / "recipe.yaml"
+    whole.write_text((corpus / "recipe.yaml").read_text() + "gradient_accumulation_steps: 2\n")
+    made = comparison.Comparison(comparison.ComparisonArguments(train=["any.jsonl"], recipe=str(whole)))
+    made.extract = SimpleNamespace(blocks={"train": 400})
+    assert made._step_blocks() == 8 and made._steps() == 100
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

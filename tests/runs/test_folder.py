@@ -5,8 +5,9 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from transformers import TrainerState, TrainingArguments
 
-from modeling_cse.runs.folder import JsonLinesCallback, check_folder, write_settings
+from modeling_cse.runs.folder import JsonLinesCallback, check_folder, ends_with, write_settings
 
 
 def test_a_folder_with_a_run_is_only_taken_to_resume_it(tmp_path):
@@ -41,3 +42,15 @@ def test_metrics_of_steps_that_are_run_again_are_dropped(tmp_path):
     resumed = SimpleNamespace(is_world_process_zero=True, log_history=state.log_history[:2])
     callback.on_train_begin(None, resumed, None)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize(("asked", "best", "ends"), [(True, 2, 2), (True, None, 8), (False, 2, 8)])
+def test_a_run_that_is_over_ends_with_its_best_checkpoint_where_that_was_asked_for(tmp_path, asked, best, ends):
+    """Its folder has been moved since."""
+    last = tmp_path / "checkpoint-8"
+    last.mkdir()
+    known = None if best is None else f"elsewhere/checkpoint-{best}"
+    TrainerState(global_step=8, best_model_checkpoint=known).save_to_json(str(last / "trainer_state.json"))
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    args = TrainingArguments(str(tmp_path), load_best_model_at_end=asked, use_cpu=True, **steps)
+    assert ends_with(str(last), args) == str(tmp_path / f"checkpoint-{ends}")

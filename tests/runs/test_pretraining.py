@@ -16,7 +16,7 @@ import torch
 from datasets import ClassLabel, Dataset
 from safetensors.torch import load_file
 from small_run import ROOT, SHORT, flags, metrics
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Trainer
 
 from modeling_cse.runs import BERT, GPT2, pretrain, write_run_card
 from modeling_cse.runs.arguments import parse_arguments
@@ -119,6 +119,26 @@ def test_recipes_find_their_configuration_from_any_folder(tmp_path, gpt2_run, mo
     shipped.n_embd *= 2
     shipped.save_pretrained(tmp_path / "configuration" / "cse-gpt2-1m")  # a folder of one's own goes before it
     assert run._config().n_embd == shipped.n_embd
+
+
+def test_a_run_that_was_killed_after_its_last_step_ends_with_the_best_model(tmp_path, monkeypatch):
+    """Evaluations are planted: the first is the best."""
+    evaluate = Trainer.evaluate
+
+    def planted(self, *args, **options):
+        return {**evaluate(self, *args, **options), "eval_general_loss": float(self.state.global_step)}
+
+    monkeypatch.setattr(Trainer, "evaluate", planted)
+    changes = {**SHORT, "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+    changes |= {"metric_for_best_model": "general_loss", "greater_is_better": False, "resume_from_checkpoint": "last"}
+    folder = tmp_path / "run" / "cse"
+    pretrain(GPT2, flags(tmp_path / "run", **changes))
+    wanted, last = ((part / "model.safetensors").read_bytes() for part in (folder, folder / "checkpoint-8"))
+    assert wanted != last
+    for name in ("training_args.bin", "model.safetensors"):
+        (folder / name).unlink()
+    pretrain(GPT2, flags(tmp_path / "run", **changes))
+    assert (folder / "model.safetensors").read_bytes() == wanted
 
 
 def test_a_finished_run_is_not_trained_again(gpt2_run):

@@ -1,6 +1,8 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
-"""Promises of a run whose warm-up was not named: none where there are clusters, also when it is resumed."""
+"""Promises of a run whose warm-up was not named: none where there are clusters, also when it is resumed, and clusters
+from a whole sample do not give way to those of a few batches."""
 
+import logging
 import shutil
 
 import pytest
@@ -10,6 +12,8 @@ from tiny import tiny_model
 from tiny_runs import fit_steps, history, rows, settings, train
 
 from modeling_cse import ClusterExpertsCallback, fit_experts
+from modeling_cse.training import callback as module
+from modeling_cse.training.gathering import gather_features
 
 
 DATA = rows(length=24)
@@ -70,6 +74,56 @@ def test_a_resumed_run_has_fits_when_the_uninterrupted_one_has(tmp_path, model, 
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", place)
     again = train(tmp_path / "again", callback(recluster_every=3), model=model(), resume=str(place), **saving)
     assert steps_of(whole) == fits and history(again) == history(whole)
+
+
+@pytest.fixture
+def sizes(monkeypatch) -> list[int]:
+    """How many sequences the fits of a run look at."""
+    noted = []
+
+    def note(*args):
+        features = gather_features(*args)
+        noted.append(len(next(iter(features.values()))))
+        return features
+
+    monkeypatch.setattr(module, "gather_features", note)
+    return noted
+
+
+def test_clusters_of_texts_are_found_again_on_a_whole_sample(tmp_path, sizes):
+    """Training reads eight texts a step: the first of these fits would have 32 of 48."""
+    train(tmp_path, callback(sample_size=48), model=with_clusters("evidence"), data=DATA)
+    assert sizes == [48, 48]
+
+
+@pytest.mark.parametrize(
+    ("routing", "data", "sample", "fits"),
+    [
+        ("discriminant", DATA, 48, [8]),
+        ("discriminant", DATA, 32, [4, 8]),
+        ("evidence", stream(), 64, [8]),
+        ("evidence", stream(), 72, []),
+    ],
+)
+def test_what_cannot_be_read_ahead_is_waited_for(tmp_path, sizes, caplog, routing, data, sample, fits):
+    with caplog.at_level(logging.WARNING):
+        trainer = train(tmp_path, callback(sample_size=sample), model=with_clusters(routing), data=data)
+    assert fit_steps(trainer) == fits and sizes == [sample] * len(fits)
+    said = f"sample_size={sample} sequences by step 4: the clusters that the model has are kept until "
+    assert (said + ("step 8" if fits else "its end") in caplog.text) == (fits != [4, 8])
+    assert all(each.router.num_clusters == 3 for each in trainer.model.base_model.routed_modules().values())
+
+
+def test_a_resumed_run_waits_as_the_uninterrupted_one_does(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "data": DATA}
+    own = {"sample_size": 48, "recluster_every": 3}
+    whole = train(tmp_path / "whole", callback(**own), model=with_clusters("discriminant"), **saving)
+    place = tmp_path / "again" / "checkpoint-2"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", place)
+    again = train(
+        tmp_path / "again", callback(**own), model=with_clusters("discriminant"), resume=str(place), **saving
+    )
+    assert steps_of(whole) == {6, 9} and history(again) == history(whole)
 
 
 def test_a_callback_is_used_again_for_another_model(tmp_path):

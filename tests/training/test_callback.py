@@ -294,6 +294,21 @@ def test_more_clusters_than_sequences_are_refused_and_nothing_is_written(tmp_pat
     assert clusters_in_use(trainer.model) == [0, 0]
 
 
+@pytest.mark.parametrize(
+    ("routing", "changes", "message"),
+    [
+        ("evidence", {"num_clusters": None, "sample_size": 8}, "sample_size=8 .* num_clusters=10"),
+        ("discriminant", {"projection": 64}, "projection=64 is not allowed for embeddings of 32 dimensions"),
+    ],
+)
+def test_what_would_fail_at_the_first_fit_is_refused_at_the_start(tmp_path, routing, changes, message):
+    watcher = Watcher()
+    with pytest.raises(ValueError, match=message):
+        model = tiny_model("gpt2", cse_routing=routing)
+        train(tmp_path, ClusterExpertsCallback(**settings(**changes)), model=model, callbacks=[watcher])
+    assert not watcher.seen
+
+
 @pytest.mark.parametrize("asked", [17, (2, 17)])
 def test_more_clusters_than_routers_hold_are_refused_at_the_start(tmp_path, asked):
     """The upper end of a range too: the silhouette may choose it."""

@@ -150,3 +150,24 @@ def test_switching_on_makes_no_jump_in_the_loss(tmp_path, combine):
         losses[warmup] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[4][4] == pytest.approx(losses[9][4], abs=1e-5)
     assert losses[4][5] == pytest.approx(losses[9][5], abs=0.02)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["the base learns", "the base is frozen"])
+def test_a_slot_keeps_no_momentum_of_its_owner_before(frozen):
+    model = activate(tiny_model("gpt2"))
+    if frozen:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".experts." in name)
+    optimizer, routed = stepped(model), routed_module(model, 2)
+    state = optimizer.state[routed.experts.up_proj]
+    before = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")}
+    used = sorted(set(routed.router.cluster_expert.tolist()) - {-1})
+    assert before["exp_avg"][used[0]].any(), "which has learned"
+    parent = used[0]
+    fresh = next(slot for slot in range(routed.num_experts) if slot != parent)
+    state["exp_avg"][fresh] = 1.0
+    start_moments(optimizer, routed, {fresh: None})
+    assert not (state["exp_avg"][fresh] == 1).any() and (not frozen or not state["exp_avg"][fresh].any())
+    start_moments(optimizer, routed, {fresh: parent})
+    for name, values in before.items():
+        assert torch.equal(state[name][fresh], values[parent]) and torch.equal(state[name][parent], values[parent])

@@ -107,6 +107,14 @@ def test_a_folder_is_loaded_with_what_from_pretrained_takes(family, tmp_path):
     assert model.dtype == torch.bfloat16 and model.config.initializer_range == 0.3
 
 
+def test_code_that_the_dense_config_names_is_not_that_of_the_result(family, tmp_path):
+    """Whose folder has none of it: without this package `AutoModel` would look for it there."""
+    dense = knowing(family)
+    dense.config.auto_map = {"AutoModel": "modeling_own.Own"}
+    from_dense(dense, rows(24), **CLUSTERS).save_pretrained(tmp_path)
+    assert "modeling_own" not in (tmp_path / "config.json").read_text(encoding="utf-8")
+
+
 def test_a_base_model_without_its_pooler_gets_none():
     dense = knowing("bert", "Model")
     dense = type(dense)(dense.config, add_pooling_layer=False)

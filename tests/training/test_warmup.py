@@ -10,8 +10,10 @@ from tiny import activate, tiny_model
 from tiny_runs import fit_steps, history, make_trainer, settings, train
 
 from modeling_cse import ClusterExpertsCallback
+from modeling_cse.training import callback as module
 from modeling_cse.training import warmup
 from modeling_cse.training.consistency import GradientConsistency
+from modeling_cse.training.gathering import gather_features
 
 
 STEPS = 40
@@ -72,6 +74,33 @@ def test_a_sample_that_leaves_no_room_for_a_peak_is_named(tmp_path, small, caplo
     with caplog.at_level(logging.WARNING):
         assert fit_steps(train(tmp_path, callback, max_steps=STEPS)) == [24]
     assert "sample_size=192 takes 24 steps to read" in caplog.text and "no clear peak" not in caplog.text
+
+
+def test_where_no_room_is_left_the_sample_is_filled_up_with_text_that_is_read_ahead(tmp_path, small, monkeypatch):
+    noted = []
+    monkeypatch.setattr(module, "gather_features", lambda *args: noted.append(gather_features(*args)) or noted[-1])
+    callback = ClusterExpertsCallback(**settings(warmup="auto", sample_size=60, update="frozen", recluster_every=100))
+    monkeypatch.setattr(warmup, "LONGEST", 0.1)
+    train(tmp_path, callback, model=tiny_model("gpt2", cse_routing="evidence"), max_steps=STEPS)
+    assert [len(next(iter(sample.values()))) for sample in noted] == [60], "four steps read 32"
+
+
+def test_evidence_is_counted_on_the_texts_of_the_whole_warm_up(tmp_path, small, monkeypatch):
+    curve(monkeypatch, peak=10)
+    counted = []
+    own = settings(warmup="auto", update="frozen", recluster_every=100, evidence_size=1000)
+    fit = module.fit_layers
+    note = lambda *args, texts, **options: counted.append(texts) or fit(*args, texts=texts, **options)  # noqa: E731
+    monkeypatch.setattr(module, "fit_layers", note)
+    train(tmp_path, ClusterExpertsCallback(**own), model=tiny_model("gpt2", cse_routing="evidence"), max_steps=STEPS)
+    (texts,) = counted
+    assert len(next(iter(texts.values()))) == 22 * 8
+
+
+def test_the_last_fit_may_not_lie_before_the_latest_first_one(tmp_path, small):
+    callback = ClusterExpertsCallback(**settings(warmup="auto", recluster_until=23))
+    with pytest.raises(ValueError, match="recluster_until=23 is not allowed with warmup='auto': .* 24, the latest"):
+        train(tmp_path, callback, max_steps=STEPS)
 
 
 def test_a_dense_checkpoint_behind_the_cap_is_fitted_as_soon_as_there_is_a_sample(tmp_path, small):
