@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Configurations: the stock GPT-2 and BERT fields plus the flags that choose where and how experts are used."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,10 +116,17 @@ class CSEFlags(Stock):
     output_cluster_ids: Any = False
 
     def __post_init__(self, **kwargs):
+        _refuse_unknown_flags(kwargs)
         super().__post_init__(**kwargs)
         self.cse_modules = list(self.cse_modules) if isinstance(self.cse_modules, tuple) else self.cse_modules
         self.cse_layers = list(self.cse_layers) if isinstance(self.cse_layers, tuple) else self.cse_layers
         self.validate_cse_flags()
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # upstream leaves out what no field takes: a flag that is spelt wrong would be passed over
+        _refuse_unknown_flags(kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
     def validate_cse_flags(self) -> None:
         """Raises `ValueError` naming the flag, its value and what is allowed. Models call it again when they are
@@ -242,6 +250,13 @@ class CSEFlags(Stock):
         # Upstream maps the saved head alone, so that every other head would fail to load without this package.
         self.auto_map = {**self._heads_auto_map, **(getattr(self, "auto_map", None) or {})}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def _refuse_unknown_flags(names: Iterable[str]) -> None:
+    known = [name for name in CSEFlags.__annotations__ if name.startswith("cse_")]
+    for name in names:
+        if name.startswith("cse_") and name not in known:
+            raise ValueError(f"{name} is not allowed: a flag that begins so must be one of {known}.")
 
 
 @strict

@@ -45,7 +45,8 @@ class SequenceScope(NamedTuple):
                     f"inputs_embeds is not allowed with cse_separator_token_id={separator}, which is looked for among "
                     "tokens: pass input_ids."
                 )
-            behind = input_ids[:, :-1] == separator
+            # one before another ends no document of its own: rows may have two between documents, or end in many
+            behind = (input_ids[:, :-1] == separator) & (input_ids[:, 1:] != separator)
             if mask is not None and _fits(mask, input_ids):
                 behind = behind & mask[:, :-1]  # what fills up a row may be the same token
             begins = behind if begins is None else begins | behind

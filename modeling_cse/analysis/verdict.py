@@ -56,7 +56,8 @@ def rules(kind: str) -> str:
         f'above 1; "hardly" if so, but the gain is under {1 - WORTH:.0%}; "mixed" if the long tail gains and the '
         f'common text loses; "no" if the long tail lies above 1, or above {WORTH} and the common text does not gain, '
         'or holds 1 where the common text loses; else "cannot tell". Without clear clusters "yes" and "mixed" become '
-        '"cannot tell" (parameters alone may gain), all others "no".'
+        '"cannot tell" (parameters alone may gain), all others "no"; but where the long tail has too little held-out '
+        'text for an interval and for the clarity of any of its clusters, the answer is "cannot tell".'
     )
 
 
@@ -90,8 +91,11 @@ def judge(
         if gain is not None:
             reasons.append(f"{name}: {_in_words(gain, seeds)}.")
     answer = "no" if tail is None else _answer(tail, common)
-    if unclear:
+    unmeasured = tail is not None and tail.low is None and clearest is None
+    if unclear and not unmeasured:
         answer = "cannot tell" if answer in ("yes", "mixed") else "no"
+    elif unclear:
+        answer = "cannot tell"
     return Verdict(answer, reasons, _advice(answer, tail, seeds))
 
 

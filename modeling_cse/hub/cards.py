@@ -8,6 +8,7 @@ neither start a heading, a link or a tag, nor leave its table cell, nor end the 
 import math
 import re
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,7 @@ def _rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping) and value:
             rows += _rows(value, f"{prefix}{key}.")
         else:
+            value = value.value if isinstance(value, Enum) else value
             rows.append((escape(f"{prefix}{key}"), escape("none" if value is None else value)))
     return rows
 

@@ -39,6 +39,7 @@ SMOKE = {
 CONTROLS = ("oracle", "random")
 # What a flag puts out of force in a recipe, which may hold only one of them.
 REPLACED = {
+    "train_file": ("validation_file",),
     "tokenizer_name": ("tokenizer_vocab_size",),
     "model_name_or_path": ("config_name", "config_overrides", "tokenizer_name", "tokenizer_vocab_size"),
 }

@@ -48,6 +48,17 @@ class EpochCallback(TrainerCallback):
         self.data.set_epoch(int(state.epoch or 0))
 
 
+class SettingsCallback(TrainerCallback):
+    """Makes a folder the home of a run when its training begins. Last of all callbacks: what another one refuses then
+    leaves the folder free for the command put right."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.folder, self.settings = folder, settings
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        write_settings(self.folder, self.settings)
+
+
 def check_folder(folder: Path, settings: dict[str, Any], resume: bool) -> None:
     """
     Looks whether a run may live in a folder; writes nothing.

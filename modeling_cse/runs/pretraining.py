@@ -42,7 +42,7 @@ from ..training import ClusterExpertsCallback, check_checkpoint, last_complete_c
 from .arguments import ClusterArguments, DataArguments, ModelArguments, parse_arguments
 from .checks import check_arguments, check_best_metric, check_twin
 from .extract import digest
-from .folder import EpochCallback, JsonLinesCallback, check_folder, ends_with, note_interruption, write_settings
+from .folder import EpochCallback, JsonLinesCallback, SettingsCallback, check_folder, ends_with, note_interruption
 from .recipes import find_config
 from .report import report_run
 from .smoke import little_text
@@ -97,7 +97,6 @@ class Pretraining:
         self._load_data()
         check_best_metric(self.args, self.validation)
         self._model("cse")  # a wrong config must show before anything is written
-        write_settings(self.folder, self._settings())
         names = RUNS if self.cluster_arguments.compare_with_dense else RUNS[:1]
         results = {name: self._train(name, callback if name == "cse" else None) for name in names}
         return report_run(
@@ -367,6 +366,7 @@ class Pretraining:
             trainer.add_callback(EpochCallback(self.training))
         if clusters is not None:
             clusters.attach(trainer)
+        trainer.add_callback(SettingsCallback(self.folder, self._settings()))
         if checkpoint is not None and int(checkpoint.rpartition("-")[2]) >= args.max_steps > 0:
             # killed after its last step: the Trainer (5.23) looks for the end only after a step, and would make one
             model = self.family.model_class.from_pretrained(ends_with(checkpoint, args))

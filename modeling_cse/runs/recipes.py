@@ -59,11 +59,12 @@ def read_recipe(path: Path, groups: Sequence[type]) -> dict[str, Any]:
 
 
 def find_config(config_name: str | None) -> str | None:
-    """Recipes name the shipped configurations from the root of the repository; they may be called from elsewhere."""
+    """Recipes name the shipped configurations from the root of the repository; they may be called from elsewhere, and
+    by their names alone."""
     if config_name is None or Path(config_name).is_dir():
         return config_name
-    shipped = CONFIGURATION.parent / config_name
-    return str(shipped) if (shipped / "config.json").is_file() else config_name
+    shipped = [place / config_name for place in (CONFIGURATION.parent, CONFIGURATION)]
+    return next((str(place) for place in shipped if (place / "config.json").is_file()), config_name)
 
 
 def _kinds(hint: Any) -> set[type]:

@@ -14,7 +14,16 @@ from ..clustering.settings import is_count, is_share
 from ..dispatch_cse import RoutedModule, Site
 from ..sharding_cse import is_sharded
 from .ahead import can_read_ahead, read_ahead
-from .checking import check_late, check_model, check_sizes, check_until, check_warmup, is_joint, refuse_replicas
+from .checking import (
+    check_late,
+    check_layer_budget,
+    check_model,
+    check_sizes,
+    check_until,
+    check_warmup,
+    is_joint,
+    refuse_replicas,
+)
 from .checkpoints import check_sums
 from .collecting import FeatureCollector, refuse_adapters, refuse_parallel_plans, routed_base_model
 from .fitting import fit_layers
@@ -150,6 +159,7 @@ class ClusterExpertsCallback(TrainerCallback):
         detach_what_is_left(self.base)
         self.settings = self._asked.resolve(self.base.config.cse_routing)
         check_model(self.base, self.settings, self.schedule, self.sample_size, self.evidence_size)
+        check_layer_budget(self.base, self.layer_budget)
         check_stage(model)
         # with auto_find_batch_size the arguments keep the first guess
         self._rows = (state.train_batch_size if args.auto_find_batch_size else None) or args.train_batch_size

@@ -125,6 +125,19 @@ def refuse_replicas(args: TrainingArguments) -> None:
         )
 
 
+def check_layer_budget(base: nn.Module, layer_budget: int | None) -> None:
+    """
+    Raises:
+        ValueError: more layers are to get experts than have room for some.
+    """
+    layers = {site.layer for site in base.routed_modules()}
+    if layer_budget is not None and layer_budget > len(layers):
+        raise ValueError(
+            f"layer_budget={layer_budget} is not allowed for a model with cse_layers={sorted(layers)}: it must be at "
+            f"most {len(layers)}, or None for all."
+        )
+
+
 def check_model(
     base: nn.Module,
     settings: ClusterSettings,

@@ -51,6 +51,8 @@ def test_intervals_decide(tail, common, answer):
     ],
 )
 def test_without_clear_clusters_there_is_no_yes(tail, clearest, agreement, kind, reason):
+    assert judge(FEW, NOTHING, None, 0.9, 1, kind).answer == "cannot tell", "nothing was measured"
+    assert "--validation" in judge(FEW, NOTHING, None, 0.9, 1, kind).advice[0]
     verdict = judge(tail, NOTHING, clearest, agreement, 3, kind)
     assert verdict.answer == ("no" if tail is None else "cannot tell") and reason in verdict.reasons[0]
     assert judge(NOTHING, NOTHING, clearest, agreement, 3, kind).answer == "no" or tail is None

@@ -73,6 +73,12 @@ def test_a_separator_ends_a_document():
     assert SequenceScope.of(None, None, ids).segments is None
 
 
+def test_separators_that_follow_each_other_part_two_documents():
+    """Before and behind a document, or as padding without a mask."""
+    ids = torch.tensor([[3, 3, 5, 6, 3, 3, 7, 8, 3, 3, 3]])
+    assert SequenceScope.of(None, None, ids, 3).segments.tolist() == [[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2]]
+
+
 @pytest.mark.parametrize("per_row", [True, False])
 def test_padding_amid_a_row_neither_starts_nor_ends_a_document(per_row):
     """Positions go on behind it, as `generate` counts, or count it. Padding may be the separator itself."""

@@ -9,6 +9,8 @@ import pytest
 from tiny import CONFIGS, SIZES, model_class, tiny_config, tiny_model
 from transformers import AutoConfig
 
+from modeling_cse import CONFIGURATION
+
 
 WRONG = [
     ("cse_layers", "last", "list of ints"),
@@ -215,3 +217,11 @@ def test_saved_config_names_every_head(family, tmp_path):
     config = tiny_config(family)
     config.save_pretrained(tmp_path)
     assert CONFIGS[family].from_pretrained(tmp_path).auto_map == config._heads_auto_map
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_a_flag_that_is_spelt_wrong_is_refused(family):
+    with pytest.raises(ValueError, match="cse_seperator_token_id is not allowed.*'cse_separator_token_id'"):
+        tiny_config(family, cse_seperator_token_id=0)
+    with pytest.raises(ValueError, match="cse_num_expert is not allowed"):
+        AutoConfig.from_pretrained(CONFIGURATION / f"cse-{family}-1m", cse_num_expert=8)

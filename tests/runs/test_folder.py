@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerState, TrainingArguments
 
-from modeling_cse.runs.folder import JsonLinesCallback, check_folder, ends_with, write_settings
+from modeling_cse.runs.folder import JsonLinesCallback, SettingsCallback, check_folder, ends_with, write_settings
 
 
 def test_a_folder_with_a_run_is_only_taken_to_resume_it(tmp_path):
@@ -42,6 +42,14 @@ def test_metrics_of_steps_that_are_run_again_are_dropped(tmp_path):
     resumed = SimpleNamespace(is_world_process_zero=True, log_history=state.log_history[:2])
     callback.on_train_begin(None, resumed, None)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_folder_becomes_a_run_s_home_when_its_training_begins(tmp_path):
+    callback = SettingsCallback(tmp_path, {"training.seed": 0})
+    check_folder(tmp_path, {"training.seed": 1}, resume=False)
+    callback.on_train_begin(None, None, None)
+    with pytest.raises(ValueError, match="holds a run already"):
+        check_folder(tmp_path, {"training.seed": 1}, resume=False)
 
 
 @pytest.mark.parametrize(("asked", "best", "ends"), [(True, 2, 2), (True, None, 8), (False, 2, 8)])

@@ -370,6 +370,13 @@ def test_a_control_takes_the_recipe_of_its_run(tmp_path):
     assert (config.cse_routing, config.cse_combine, config.gate) == ("given", "add", "hard")
 
 
+def test_a_command_that_was_refused_may_be_put_right_in_its_folder(tmp_path):
+    with pytest.raises(ValueError, match="warmup=5000 is not allowed: it ends at step 5000"):
+        pretrain(GPT2, flags(tmp_path / "run", **{**SHORT, "warmup": 5000}))
+    pretrain(GPT2, flags(tmp_path / "run", **SHORT))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["clusters.warmup"] == 5
+
+
 def test_an_oracle_without_domains_is_refused(tmp_path):
     with pytest.raises(ValueError, match="control='oracle' is not allowed without a domain_column"):
         pretrain(GPT2, flags(tmp_path / "run", **{**SHORT, "control": "oracle", "domain_column": None}))

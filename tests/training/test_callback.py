@@ -309,6 +309,11 @@ def test_what_would_fail_at_the_first_fit_is_refused_at_the_start(tmp_path, rout
     assert not watcher.seen
 
 
+def test_more_layers_than_there_are_are_refused_at_the_start(tmp_path):
+    with pytest.raises(ValueError, match=r"layer_budget=3 .* cse_layers=\[1, 2\]: it must be at most 2"):
+        train(tmp_path, ClusterExpertsCallback(**settings(layer_budget=3)))
+
+
 @pytest.mark.parametrize("asked", [17, (2, 17)])
 def test_more_clusters_than_routers_hold_are_refused_at_the_start(tmp_path, asked):
     """The upper end of a range too: the silhouette may choose it."""
