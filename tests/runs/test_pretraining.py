@@ -374,7 +374,7 @@ def test_a_command_that_was_refused_may_be_put_right_in_its_folder(tmp_path):
     with pytest.raises(ValueError, match="warmup=5000 is not allowed: it ends at step 5000"):
         pretrain(GPT2, flags(tmp_path / "run", **{**SHORT, "warmup": 5000}))
     pretrain(GPT2, flags(tmp_path / "run", **SHORT))
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["clusters.warmup"] == 5
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["clusters.warmup"] == "5"
 
 
 def test_an_oracle_without_domains_is_refused(tmp_path):
