@@ -56,7 +56,8 @@ class SettingsCallback(TrainerCallback):
         self.folder, self.settings = folder, settings
 
     def on_train_begin(self, args, state, control, **kwargs):
-        write_settings(self.folder, self.settings)
+        if state.is_world_process_zero:
+            write_settings(self.folder, self.settings)
 
 
 def check_folder(folder: Path, settings: dict[str, Any], resume: bool) -> None:

@@ -47,7 +47,9 @@ def test_metrics_of_steps_that_are_run_again_are_dropped(tmp_path):
 def test_a_folder_becomes_a_run_s_home_when_its_training_begins(tmp_path):
     callback = SettingsCallback(tmp_path, {"training.seed": 0})
     check_folder(tmp_path, {"training.seed": 1}, resume=False)
-    callback.on_train_begin(None, None, None)
+    callback.on_train_begin(None, SimpleNamespace(is_world_process_zero=False), None)
+    check_folder(tmp_path, {"training.seed": 1}, resume=False)
+    callback.on_train_begin(None, SimpleNamespace(is_world_process_zero=True), None)
     with pytest.raises(ValueError, match="holds a run already"):
         check_folder(tmp_path, {"training.seed": 1}, resume=False)
 
