@@ -119,12 +119,13 @@ def check_dataset(dataset: Any, text_column: str = "text") -> None:
     Whether experts can be told by rows like these.
 
     Raises:
-        ValueError: it has no length, or its first row has neither ids nor text.
+        ValueError: it has no length or no row, or its first row has neither ids nor text.
     """
     if not hasattr(dataset, "__len__"):
         raise ValueError(f"dataset is a {type(dataset).__name__} without a length: it must have rows by number.")
-    if len(dataset):
-        _check_row(dataset[0], text_column)
+    if not len(dataset):
+        raise ValueError("dataset has no rows: it must have some that tell the experts.")
+    _check_row(dataset[0], text_column)
 
 
 def _check_row(row: Any, text_column: str) -> None:

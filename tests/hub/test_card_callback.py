@@ -98,6 +98,7 @@ def test_the_results_are_those_of_the_model_that_is_left(tmp_path):
     ("changes", "message"),
     [
         ({"texts": iter(texts())}, "without a length"),
+        ({"texts": []}, "dataset has no rows"),
         ({"texts": [{"body": "wab"}]}, r"rows of \['body'\]"),
         ({"texts": ["wab"]}, "rows that are str: they must be dicts"),
         ({"template": "missing.md"}, "there is no file 'missing.md'"),
