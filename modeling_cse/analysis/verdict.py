@@ -92,10 +92,8 @@ def judge(
             reasons.append(f"{name}: {_in_words(gain, seeds)}.")
     answer = "no" if tail is None else _answer(tail, common)
     unmeasured = tail is not None and tail.low is None and clearest is None
-    if unclear and not unmeasured:
-        answer = "cannot tell" if answer in ("yes", "mixed") else "no"
-    elif unclear:
-        answer = "cannot tell"
+    if unclear:
+        answer = "cannot tell" if unmeasured or answer in ("yes", "mixed") else "no"
     return Verdict(answer, reasons, _advice(answer, tail, seeds))
 
 

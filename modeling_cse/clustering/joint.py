@@ -85,8 +85,7 @@ def fit_texts(
     evidence = Evidence.fit(ids, labels, shares, vocab_size, held)
     if older is not None and len(older):
         # what is held out may be among them, from an epoch before or read ahead, and would be measured on itself
-        apart_from = without_copies(older, ids[held])
-        evidence = evidence.counted_on(ids[~held], labels[~held], apart_from)
+        evidence = evidence.counted_on(ids[~held], labels[~held], without_copies(older, ids[held]))
     apart = separations(ids, labels, len(clustering), vocab_size) if settings.common_by == SEPARATION else None
     before = Evidence(identities.centroids.T, identities.radii).of_texts(ids)
     ownership = assign_experts(

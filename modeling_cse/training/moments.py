@@ -48,8 +48,10 @@ def start_moments(
     if slots and has_copies(module):
         _start_in_zero(module, slots)
         return
+    if not slots:
+        return
     names = _state_names(optimizer, module)
-    if not slots or not names:
+    if not names:
         _change_owners(optimizer, module, slots)
         return
     for parameter in module.experts.parameters():

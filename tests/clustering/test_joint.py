@@ -177,3 +177,5 @@ def test_no_text_is_counted_that_evidence_is_measured_on():
     found, wanted = fit(ids, older=longer), fit(ids, older=older)
     np.testing.assert_array_equal(found.evidence.table, wanted.evidence.table)
     assert found.metrics == wanted.metrics
+    nothing = fit(ids, older=held)
+    assert np.isfinite(nothing.evidence.table).all() and nothing.metrics["smoothing"] == wanted.metrics["smoothing"]

@@ -10,6 +10,7 @@ import torch
 from modeling_cse import ClusterExpertsCallback
 from modeling_cse.runs import arguments
 from modeling_cse.runs.arguments import has_bf16, parse_arguments, steps_or_share
+from modeling_cse.runs.recipes import find_config
 
 
 RECIPES = Path(__file__).parents[2] / "configuration" / "recipes"
@@ -225,3 +226,15 @@ def test_smoke_shortens_any_run_and_gives_it_a_folder_of_its_own(tmp_path):
     assert data.max_train_samples == 80 and (clusters.warmup, clusters.recluster_every) == ("4", "2")
     _, data, _, training = parse_arguments([path])
     assert training.max_steps == 600 and training.output_dir == "runs/mine" and data.max_train_samples is None
+
+
+def test_text_of_one_s_own_is_not_validated_on_that_of_the_recipe():
+    recipe = str(RECIPES / "quickstart.yaml")
+    validation = [parse_arguments([recipe, *flags])[1].validation_file for flags in ([], ["--train_file", "my.txt"])]
+    assert validation[0] is not None and validation[1] is None
+
+
+def test_shipped_configurations_are_found_by_their_names():
+    for name in ("cse-gpt2-1m", "configuration/cse-gpt2-1m"):
+        assert Path(find_config(name)).samefile(RECIPES.parent / "cse-gpt2-1m")
+    assert find_config("of/another") == "of/another" and find_config(None) is None
