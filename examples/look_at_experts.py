@@ -4,7 +4,7 @@
 What is each expert for? Its share of the text, known domains, telling words and a typical text.
 
     python examples/look_at_experts.py --model runs/quickstart/cse
-    python examples/look_at_experts.py --model runs/mine/final --data my.jsonl --text_column body
+    python examples/look_at_experts.py --model runs/mine/final --data my.jsonl --text_column body --domain_column field
     python examples/look_at_experts.py --smoke
 
 Prints, after `make quickstart`, among others:
@@ -38,6 +38,7 @@ def main() -> None:
         help="text: txt, json(l), csv or parquet, gz too; or a folder of txt files",
     )
     parser.add_argument("--text_column", default="text")
+    parser.add_argument("--domain_column", default="domain", help="names a text's domain, where the data has it")
     parser.add_argument("--most", type=int, default=512, help="texts to look at")
     options = parser.parse_args()
 
@@ -45,7 +46,10 @@ def main() -> None:
     model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     files = {"train_file": options.data, "validation_file": options.data}
     texts = load_corpus(**files, text_column=options.text_column)["train"]
-    found = describe_experts(model, tokenizer, texts, text_column=options.text_column, most=options.most)
+    if options.domain_column not in ("domain", *texts.column_names):
+        raise SystemExit(f"--domain_column {options.domain_column}: there is none, only {texts.column_names}.")
+    columns = {"text_column": options.text_column, "domain_column": options.domain_column}
+    found = describe_experts(model, tokenizer, texts, **columns, most=options.most)
     for expert in found:
         name = "no expert" if expert.expert == COMMON else f"expert {expert.expert}"
         domains = ", ".join(f"{domain} {part:.0%}" for domain, part in expert.domains.items())

@@ -11,7 +11,7 @@ Share a trained model: write its card, with what each expert is for, and upload 
 
 Prints where the card lies and which files the folder has; with `--repo`, the address of the commit:
 
-    card: runs/quickstart/cse/README.md
+    card: runs/quickstart/cse/README.md (it names no license: --license)
     files: README.md, config.json, configuration_cse.py, dispatch_cse.py, evidence_cse.py, ...
 
 The card quotes text: for each expert the beginning of one held-out text of the run, or of one text of `--data`.
@@ -75,16 +75,15 @@ def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--repo", help="where to, as in my-name/my-model; without it nothing is uploaded")
     parser.add_argument("--private", action="store_true")
-    licenses = "of the weights, by the Hub's list; apache-2.0 if left out"
-    parser.add_argument("--license", default="apache-2.0", help=licenses)
-    parser.add_argument("--language", nargs="+", default=["en"], help="of the text: codes by ISO 639")
+    parser.add_argument("--license", help="of the weights, by the Hub's list; if left out the card names none")
+    parser.add_argument("--language", nargs="+", help="of the text: codes by ISO 639; if left out the card names none")
     parser.add_argument("--data", help="text to tell the experts by and to quote; only where no run lies beside")
     options = parser.parse_args()
 
     folder = Path(model_of(options))
     card = {"license": options.license, "language": options.language, "repo_id": options.repo}
     write_card(folder, options.data, card)
-    print(f"card: {folder / 'README.md'}")
+    print(f"card: {folder / 'README.md'}" + ("" if options.license else " (it names no license: --license)"))
     print("files:", ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())))
     if options.repo:
         hub = HfApi()

@@ -360,6 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--finetune", action="store_true", help="tune all parameters instead of probing")
     parser.add_argument("--only", nargs="+", default=list(TASKS), metavar="TASK")
     parser.add_argument("--train_rows", type=int, default=Settings().rows[0], help="most rows to train on")
+    parser.add_argument("--with_copies", action="store_true", help="as tasks were measured until 2026-11-29")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)
@@ -368,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     few = given.train_rows * Settings().question_rows[0] // Settings().rows[0]
     limits = {"rows": (given.train_rows, *Settings().rows[1:]), "question_rows": (few, *Settings().question_rows[1:])}
-    settings = Settings(**limits, bf16=given.bf16)
+    settings = Settings(**limits, bf16=given.bf16, without_copies=not given.with_copies)
     benchmark = Benchmark(Path(given.tasks), settings)
     tasks = run(given.model, given.tokenizer, benchmark, given.output, tasks=given.only, finetune=given.finetune)
     print(report(tasks))

@@ -103,10 +103,10 @@ class ClusterSettings:
     def _check_common_by(self) -> None:
         allowed = [SIZE] if self.algorithm not in (None, TEXT) or self.common_share == ELBOW else list(COMMON_BY)
         if self.common_by not in (None, *allowed):
-            raise ValueError(
-                f"common_by={self.common_by!r} is not allowed with algorithm={self.algorithm!r} and common_share="
-                f"{self.common_share!r}: it must be None or one of {allowed}."
-            )
+            others = {"algorithm": self.algorithm, "common_share": self.common_share}
+            beside = " and ".join(f"{name}={value!r}" for name, value in others.items() if value is not None)
+            refused = f"common_by={self.common_by!r} is not allowed" + (f" with {beside}" if beside else "")
+            raise ValueError(f"{refused}: it must be None or one of {allowed}.")
 
     def _check_num_clusters(self) -> None:
         value = self.num_clusters

@@ -51,8 +51,8 @@ class ModelCardCallback(TrainerCallback):
         data: dict | None = None,
         results: dict[str, dict[str, float]] | None = None,
         base_model: str | None = None,
-        license: str = "apache-2.0",
-        language: str | list[str] = "en",
+        license: str | None = None,
+        language: str | list[str] | None = None,
         template: str | Path | None = None,
         domain_column: str = "domain",
     ):

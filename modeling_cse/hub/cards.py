@@ -78,8 +78,8 @@ def write_model_card(
     recipe: dict,
     data: dict,
     base_model: str | None = None,
-    license: str = "apache-2.0",
-    language: str | list[str] = "en",
+    license: str | None = None,
+    language: str | list[str] | None = None,
     template: str | Path | None = None,
     repo_id: str | None = None,
     name: str | None = None,
@@ -101,8 +101,8 @@ def write_model_card(
             on the Hub.
         base_model: the Hub id of the model it was grown from. Of a local path only the last part is shown, and
             nothing is put into the metadata.
-        license: a Hub license identifier.
-        language: one or several ISO 639 codes.
+        license: a Hub license identifier. None: the card says that none is named.
+        language: one or several ISO 639 codes of the text. None: the card names none.
         template: another Jinja2 template, see `hub_cards/README.md`. Default: that of the repository.
         repo_id: where it will live on the Hub, for the usage block. Default: the folder that the card lies in.
         name: the model's name, for the title.
@@ -160,7 +160,7 @@ def write_model_card(
         token_mean=token_mean,
         experts=_experts_table(experts),
         versions=[(escape(package), escape(_version(package))) for package in VERSIONED],
-        license_name=escape(license),
+        license_name=escape(license or ""),
     )
     # Jinja drops the last newline of a template.
     card.text = card.text.rstrip() + "\n"

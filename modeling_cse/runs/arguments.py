@@ -10,6 +10,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
+from ..training import ClusterExpertsCallback
 from .recipes import read_recipe
 
 
@@ -232,6 +233,7 @@ def parse_arguments(
             parser.set_defaults(bf16=has_bf16(parser.parse_known_args(argv)[0].use_cpu))
     parser.add_argument("--smoke", action="store_true", help="Eight steps on little text, to see that it runs.")
     if "--smoke" in argv:
+        _check_replaced(parser, argv)
         argv += [part for name, value in SMOKE.items() for part in (f"--{name}", str(value))]
     *groups, rest = parser.parse_args_into_dataclasses(args=argv)
     training = groups[-1]
@@ -242,6 +244,12 @@ def parse_arguments(
     if training.bf16 and not has_bf16(training.use_cpu):
         logger.warning("bf16=True: this machine has no instructions for bf16, fp32 (bf16=False) is many times faster.")
     return tuple(groups)
+
+
+def _check_replaced(parser: HfArgumentParser, argv: list[str]) -> None:
+    """Refuses what the run itself would refuse: `--smoke`, which replaces such values, is there to find them."""
+    _, _, clusters, training, _ = parser.parse_args_into_dataclasses(args=argv)
+    ClusterExpertsCallback(**clusters.callback_arguments(training.seed))
 
 
 def has_bf16(use_cpu: bool) -> bool:

@@ -1,7 +1,8 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """What a run refuses: settings of which one would silently be passed over, or fail long after its start."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel, TrainingArguments
@@ -30,6 +31,11 @@ def check_arguments(model: ModelArguments, args: TrainingArguments, causal: bool
         raise ValueError(
             f"tokenizer_vocab_size={model.tokenizer_vocab_size} is not allowed with tokenizer_name: choose one."
         )
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise ValueError(
+            f"num_train_epochs={args.num_train_epochs} is not allowed with max_steps={args.max_steps}: one of the two "
+            "must be above 0."
+        )
     if not causal and args.dataloader_persistent_workers:
         raise ValueError(
             "dataloader_persistent_workers=True is not allowed for a masked language model: masks change with the "
@@ -49,6 +55,23 @@ def check_arguments(model: ModelArguments, args: TrainingArguments, causal: bool
             f"resume_from_checkpoint={asked!r} is not allowed: it must be 'last' or an existing checkpoint of this "
             f"run, like {str(folders[0] / 'checkpoint-100')!r}."
         )
+
+
+@contextmanager
+def called(setting: str, argument: str) -> Iterator[None]:
+    """
+    Lets an error of the library name the setting of the run that it is about.
+
+    Args:
+        setting: as the user knows it.
+        argument: what the function within calls it; an error that begins otherwise stays as it is.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith(f"{argument}="):
+            raise
+        raise ValueError(setting + str(error).removeprefix(argument)) from error
 
 
 def check_best_metric(args: TrainingArguments, domains: Collection[str]) -> None:

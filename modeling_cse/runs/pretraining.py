@@ -40,7 +40,7 @@ from ..evaluation import perplexity_for_trainer, row_losses_for_trainer
 from ..hub import hardware
 from ..training import ClusterExpertsCallback, check_checkpoint, last_complete_checkpoint
 from .arguments import ClusterArguments, DataArguments, ModelArguments, parse_arguments
-from .checks import check_arguments, check_best_metric, check_twin
+from .checks import called, check_arguments, check_best_metric, check_twin
 from .extract import digest
 from .folder import EpochCallback, JsonLinesCallback, SettingsCallback, check_folder, ends_with, note_interruption
 from .recipes import find_config
@@ -224,7 +224,8 @@ class Pretraining:
                 "the corpus with --tokenizer_vocab_size 8192."
             )
         texts = (row[self.data_arguments.text_column] for row in corpus)
-        return train_tokenizer(texts, kind=self.family.name, vocab_size=model.tokenizer_vocab_size)
+        with called("tokenizer_vocab_size", "vocab_size"):
+            return train_tokenizer(texts, kind=self.family.name, vocab_size=model.tokenizer_vocab_size)
 
     def _pack(self, documents: Dataset | IterableDataset, streaming: bool) -> Dataset | IterableDataset:
         data = self.data_arguments
@@ -248,7 +249,8 @@ class Pretraining:
             return blocks
         shares = self.cluster_arguments.random_shares
         if shares is not None:  # those of control="random"
-            return label_at_random(blocks, shares, self.args.seed)
+            with called("random_shares", "shares"):
+                return label_at_random(blocks, shares, self.args.seed)
         if isinstance(training, IterableDataset) or "domain" not in training.column_names:
             raise ValueError("control='oracle' is not allowed without a domain_column, or with streaming=True.")
         return label_by_domain(blocks, sorted(set(training["domain"])), every_domain=False)
@@ -288,7 +290,8 @@ class Pretraining:
         if model.model_name_or_path is None:
             self._fit_config_to_tokenizer(config)
             if model.config_overrides:
-                config.update_from_string(model.config_overrides)
+                with called("config_overrides", "update_str"):
+                    config.update_from_string(model.config_overrides)
                 config.validate_cse_flags()
         goes_on = model.model_name_or_path is not None and found.model_type == self.family.config_class.model_type
         self._separate_documents(config, goes_on)

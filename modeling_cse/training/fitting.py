@@ -131,6 +131,13 @@ def fit_joint(
     if sample is None:
         raise ValueError("no sequence reached a router: there is nothing to cluster.")
     module = base.routed_modules()[site]
+    separator = base.config.cse_separator_token_id
+    if separator is not None and not (sample.ids == separator).any():
+        logger.warning_once(
+            f"cse_separator_token_id={separator} is in none of the {len(sample)} sequences of the sample, so that "
+            "each row is one text. It must be the token that ends a document in your rows; leave it out where each "
+            "row holds one."
+        )
     counted = (texts or {}).get(site)
     identities = memory.texts or identities_of_texts(base, module.router, sample)
     ids = sample.ids.numpy()

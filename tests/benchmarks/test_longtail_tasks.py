@@ -159,6 +159,13 @@ def test_a_row_of_two_splits_is_left_out_of_the_earlier_one(tmp_path):
     assert told == [["abbe", "cfg", "dhij"], ["abbcde", "cfgh", "dhij"]]
 
 
+def test_copies_are_kept_as_they_were_where_that_is_asked_for(place, tmp_path):
+    record = command(place, tmp_path / "tasks.json", "--only", "mrpc", "--with_copies")
+    assert record["probe"]["settings"]["without_copies"] is False
+    with pytest.raises(ValueError, match="'without_copies': False"):
+        command(place, tmp_path / "tasks.json", "--only", "cola")
+
+
 def test_the_corpus_knows_which_tasks_are_tested_on_all_rows():
     assert set(TEN_FOLDS) == {name for name, task in tool.TASKS.items() if task.ten_folds}
 

@@ -55,7 +55,8 @@ def no_network(monkeypatch):
 
 def test_metadata_says_what_the_hub_wants_to_know(tmp_path):
     data = {"medical": {"dataset": "org/medicine", "sequences": 10}, "general": "mixed text"}
-    write(tmp_path / "my-model", data=data, base_model="openai-community/gpt2", language=["en", "de"])
+    said = {"base_model": "openai-community/gpt2", "license": "apache-2.0", "language": ["en", "de"]}
+    write(tmp_path / "my-model", data=data, **said)
     found = ModelCard.load(tmp_path / "my-model" / "README.md").data
     assert found.library_name == "transformers" and found.pipeline_tag == "text-generation"
     assert {"cluster-guided-sparse-experts", "mixture-of-experts", "cse_gpt2"} <= set(found.tags)
@@ -64,6 +65,14 @@ def test_metadata_says_what_the_hub_wants_to_know(tmp_path):
     assert found.model_name == "my-model"
     results = {(entry.dataset_name, entry.dataset_type, entry.metric_value) for entry in found.eval_results}
     assert results == {("medical", "org/medicine", 20.0), ("general", "custom", 30.0)}
+
+
+def test_a_card_claims_no_license_or_language_that_nobody_named(tmp_path):
+    text = write(tmp_path)
+    found = ModelCard.load(tmp_path / "README.md").data
+    assert found.license is None and found.language is None
+    assert "\nNo license is named: ask the author before you use the model.\n" in text
+    assert "\nLicense: mit\n" in write(tmp_path, license="mit")
 
 
 def test_the_body_shows_results_against_the_twin_flags_recipe_data_and_versions(tmp_path):

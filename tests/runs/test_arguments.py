@@ -228,6 +228,20 @@ def test_smoke_shortens_any_run_and_gives_it_a_folder_of_its_own(tmp_path):
     assert training.max_steps == 600 and training.output_dir == "runs/mine" and data.max_train_samples is None
 
 
+@pytest.mark.parametrize(
+    "flag, value, complaint",
+    [
+        ("recluster_every", "-3", "recluster_every=-3"),
+        ("warmup", "soon", "warmup='soon'"),
+        ("logging_steps", "few", "logging_steps"),
+    ],
+)
+def test_smoke_refuses_what_the_run_would(tmp_path, capsys, flag, value, complaint):
+    with pytest.raises((ValueError, SystemExit)) as refused:
+        parse_arguments([recipe(tmp_path, "output_dir: runs/mine\nuse_cpu: true\n"), f"--{flag}", value, "--smoke"])
+    assert complaint in str(refused.value) + capsys.readouterr().err
+
+
 def test_text_of_one_s_own_is_not_validated_on_that_of_the_recipe():
     recipe = str(RECIPES / "quickstart.yaml")
     validation = [parse_arguments([recipe, *flags])[1].validation_file for flags in ([], ["--train_file", "my.txt"])]

@@ -28,6 +28,10 @@ from modeling_cse.runs import GPT2, pretrain
         ({"metric_for_best_model": "loss"}, "metric_for_best_model='loss' .*'eval_general_loss', 'eval_general_perp"),
         ({"metric_for_best_model": "legal_perplexity"}, "greater_is_better=True"),
         ({"do_eval": True, "eval_strategy": "no"}, "do_eval=True is not allowed without do_train"),
+        ({"config_overrides": "n_embed=32"}, "^config_overrides='n_embed=32' is not allowed"),
+        ({"tokenizer_vocab_size": 10}, "^tokenizer_vocab_size=10 must be at least"),
+        ({"control": "random", "random_shares": 0.5}, r"^random_shares=\[0.5\] is not allowed"),
+        ({"max_steps": -1, "num_train_epochs": -1}, "^num_train_epochs=-1.0 is not allowed with max_steps=-1"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_leaves_nothing(tmp_path, changes, complaint):

@@ -204,7 +204,7 @@ def test_from_dense_takes_evidence(layers):
 
 
 @pytest.mark.parametrize("told_by", ["positions", "separator"])
-def test_packed_documents_are_sampled_as_texts(told_by):
+def test_packed_documents_are_sampled_as_texts(told_by, caplog):
     separator = 3 if told_by == "separator" else None
     model = tiny_model("gpt2", cse_routing="evidence", cse_separator_token_id=separator)
     ids = torch.cat([row["input_ids"] for row in rows(64, LENGTH)]).view(32, 48)
@@ -216,6 +216,17 @@ def test_packed_documents_are_sampled_as_texts(told_by):
     fit_experts(model, [batch], **{**TEXT, "sample_size": 64})
     assert sorted(owners(model)) == [-1, 0, 1]
     assert routed_module(model, 1).router.cluster_sizes[:3].sort().values.tolist() == [16, 16, 32]
+    assert "cse_separator_token_id" not in caplog.text
+
+
+def test_a_separator_that_no_row_has_is_told_of(caplog):
+    with caplog.at_level("WARNING"):
+        fit_experts(
+            tiny_model("gpt2", cse_routing="evidence", cse_separator_token_id=4),
+            [{"input_ids": torch.stack([row["input_ids"] for row in rows(64, LENGTH)])}],
+            **TEXT,
+        )
+    assert "cse_separator_token_id=4 is in none of the 32 sequences" in caplog.text
 
 
 def test_samples_of_other_lengths_are_joined():
