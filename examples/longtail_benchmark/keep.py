@@ -25,6 +25,8 @@ from modeling_cse.evaluation.frequency import quantile_bins
 
 HERE = Path(__file__).parent
 OF_THE_CORPUS = "corpus.json"
+# How tasks were measured in records that do not say it, those until 2026-11-29.
+WITH_COPIES = {"without_copies": False}
 
 
 def starts(runs: list[Run]) -> list[tuple[Run, Run | None]]:
@@ -134,7 +136,7 @@ def check_alike(records: list[dict[str, Any]]) -> None:
     Raises:
         ValueError: records that cannot be compared: seeds of one arm with other settings, or another size, corpus or
             number of steps, or tasks that were measured in another way. Records that do not say how (those until
-            2026-11-29) stand among themselves.
+            2026-11-29) were measured with copies.
     """
     by_arm: dict[str, tuple] = {}
     for record in records:
@@ -150,14 +152,15 @@ def check_alike(records: list[dict[str, Any]]) -> None:
     by_method: dict[str, dict[str, Any]] = {}
     for record in records:
         for method in record["tasks"]:
-            said = record.get("task_settings", {}).get(method, {})
+            said = record.get("task_settings", {}).get(method) or WITH_COPIES
             own = {name: value for name, value in said.items() if name != "model"}  # each run has its own
-            known = by_method.setdefault(method, own)
-            if own != known:
+            known = by_method.setdefault(method, {})
+            if any(known.get(name, value) != value for name, value in own.items()):
                 raise ValueError(
                     f"task_settings[{method!r}]={own!r} is not allowed in {record['arm']}-{record['seed']} beside "
                     f"{known!r}: it must be one for all runs of a table."
                 )
+            known.update(own)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -361,17 +361,17 @@ def test_tasks_that_were_measured_in_another_way_are_refused(tmp_path, corpus, p
     shutil.rmtree(folder / "cse-1")
 
 
-def test_tasks_that_do_not_say_how_they_were_measured_stand_among_themselves(tmp_path, corpus, place):
+def test_tasks_that_do_not_say_how_they_were_measured_were_measured_with_copies(tmp_path, corpus, place):
     folder, results = tmp_path / "tiny" / "main", tmp_path / "out"
-    write_run(folder, ARMS["dense"], 0, corpus, tasks={"gad": 0.5})
+    write_run(folder, ARMS["dense"], 0, corpus, tasks={"gad": 0.5}, measured={"without_copies": False})
     (path,) = keep.keep(tmp_path / "tiny", place, results)
-    silent = {**json.loads(path.read_text()), "task_settings": {}}
     for seed in (1, 2):
+        silent = {**json.loads(path.read_text()), "task_settings": {}, "seed": seed}
         path.with_name(f"dense-{seed}.json").write_text(json.dumps(silent))
-    with pytest.raises(ValueError, match=r"task_settings\['probe'\]=.*False.* is not allowed in dense-0 beside \{\}"):
+    assert len(keep.read_records(path.parent)) == 3
+    write_run(folder, ARMS["cse"], 0, corpus, tasks={"gad": 0.5}, measured={"without_copies": True})
+    with pytest.raises(ValueError, match=r"'without_copies': True\} is not allowed in cse-0 beside .*False"):
         keep.keep(tmp_path / "tiny", place, results)
-    path.unlink()
-    assert len(keep.read_records(path.parent)) == 2
 
 
 def test_runs_of_another_mixture_are_refused(tmp_path, corpus, place):
