@@ -216,7 +216,7 @@ def parse_arguments(
 
     Raises:
         ValueError: the recipe does not exist, is no mapping, names a setting that there is not, or gives one a value
-            of a type that it does not take.
+            of a type that it does not take; with `--smoke` also a setting of the clusters that the run would refuse.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     kinds = (ModelArguments, DataArguments, ClusterArguments, TrainingArguments)
