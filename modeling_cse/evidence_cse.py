@@ -21,7 +21,7 @@ from .scope_cse import SequenceScope
 STEP = 2.0**-10
 LARGEST = 8.0
 # So many tokens count as independent witnesses. Of more, all that were read count as if by the root of their number:
-# a text repeats itself, and a plain sum would claim too much of long ones (docs/evidence/longtail.md).
+# a text repeats itself, and a plain sum would claim too much of long ones (docs/evidence/longtail-trials.md).
 INDEPENDENT = 16
 
 

@@ -31,7 +31,7 @@ CLARITY = {
         "Silhouette of mean states: 1 stands far apart, 0 is a cloud cut somewhere",
         0.28,
     ),
-    # Silhouettes of texts do not tell the two apart, separation does: docs/evidence/longtail.md has the figures.
+    # Silhouettes of texts do not tell the two apart, separation does: figures in docs/evidence/longtail-trials.md.
     "evidence": Clarity(
         "separation",
         "a separation in nats a token of",

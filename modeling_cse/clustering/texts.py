@@ -4,7 +4,7 @@ Clusters of texts by their words: what the texts are about, before the model can
 
 Latent semantic analysis (Deerwester et al., 1990; scikit-learn's TF-IDF and truncated SVD) of token counts, and
 k-means on the directions. A model's states tell the domains of its corpus apart only once it has learned much of
-them (docs/evidence/longtail.md); token counts do so from the first batch, and do not drift while the model trains.
+them (docs/evidence/longtail-trials.md); token counts do so from the first batch, and do not drift while it trains.
 """
 
 from typing import cast
@@ -20,9 +20,9 @@ from .settings import ClusterSettings
 from .threads import one_thread
 
 
-# Directions of the analysis. 16, 32 and 64 find the same domains (docs/evidence/longtail.md).
+# Directions of the analysis. 16, 32 and 64 find the same domains (docs/evidence/longtail-trials.md).
 DIRECTIONS = 32
-# Points of 32 dimensions are cheap to cluster, and small clusters need the better starts (docs/evidence/longtail.md).
+# Points of 32 dimensions are cheap to cluster; small clusters need better starts (docs/evidence/longtail-trials.md).
 RESTARTS = 20
 
 
