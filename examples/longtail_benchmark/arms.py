@@ -46,7 +46,8 @@ class Arm:
         kind: "dense", "switch" (learned top-1 routing) or "cse".
         model: config values beside those of the size. `cse_separator_token_id: end` is the token that ends a document
             of the corpus.
-        clusters: arguments of `ClusterExpertsCallback` (kind "cse").
+        clusters: arguments of `ClusterExpertsCallback` (kind "cse"). Without `evidence_size` evidence is counted on
+            the sample alone, as it was by default when most records were made.
         control: clusters that come with the data in place of found ones: "oracle" (the domain) or "random" (of the
             domains' sizes).
         training: `TrainingArguments` beside those of the size.
@@ -200,6 +201,8 @@ def build_callback(arm: Arm, seed: int) -> ClusterExpertsCallback | None:
         kept = ("warmup", "sample_size", "common_share", "seed")
         clusters = {name: clusters[name] for name in kept if name in clusters}
         clusters |= {"algorithm": "given", "update": "frozen"}
+    elif arm.model.get("cse_routing") == "evidence" and "sample_size" in clusters:
+        clusters.setdefault("evidence_size", clusters["sample_size"])
     return ClusterExpertsCallback(**clusters)
 
 

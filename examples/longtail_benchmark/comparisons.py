@@ -41,7 +41,7 @@ class Roles:
     """Which arm is what, by name; arms that have no run are "not measured"."""
 
     baseline: str = "dense"
-    default: str = "cse_wide"
+    default: str = "cse_wide_counted"
     oracle: str = "oracle_wide"
     random: str = "random_wide"
     switch: str = "switch_wide"

@@ -32,20 +32,20 @@ def first_copies(ids: np.ndarray) -> np.ndarray:
     return firsts[numbers.reshape(-1)]
 
 
-def without_copies(ids: np.ndarray, of: np.ndarray) -> np.ndarray:
+def are_copies(ids: np.ndarray, of: np.ndarray) -> np.ndarray:
     """
-    The texts among some that are no copy of any among others.
+    Which texts among some are a copy of any among others.
 
     Args:
         ids: (M, L) token ids, -1 behind the end of a text.
         of: (N, L') others.
 
     Returns:
-        (M', L) rows of `ids`.
+        (M,) bool.
     """
     longest = max(ids.shape[1], of.shape[1])
     whole = [np.pad(part, ((0, 0), (0, longest - part.shape[1])), constant_values=-1) for part in (of, ids)]
-    return ids[first_copies(np.concatenate(whole))[len(of) :] >= len(of)]
+    return first_copies(np.concatenate(whole))[len(of) :] < len(of)
 
 
 def _close_pairs(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -68,19 +68,25 @@ class Evidence:
                     best, likeliest = cls(whole.table * np.float32(temper), shares, smoothing, temper), likelihood
         return cast(Evidence, best)  # any finite likelihood is above -inf
 
-    def counted_on(self, ids: np.ndarray, labels: np.ndarray, more: np.ndarray) -> "Evidence":
+    def counted_on(
+        self, ids: np.ndarray, labels: np.ndarray, more: np.ndarray, of_more: np.ndarray | None = None
+    ) -> "Evidence":
         """
         The same clusters, smoothing and temper, counted on further texts too: token frequencies of a rare cluster are
-        rough where a sample has few texts of it. A further text belongs to the cluster that this evidence gives it.
+        rough where a sample has few texts of it.
 
         Args:
             ids, labels: (N, L) and (N,), the texts that this evidence was fitted on.
             more: (M, L') further ones.
+            of_more: (M,) their clusters; what is none of this evidence's is not counted. Default: the one that this
+                evidence gives each.
         """
-        vocab_size, inside = len(self.table), labels >= 0
-        counts = vstack([count_tokens(ids[inside], vocab_size), count_tokens(more, vocab_size)], format="csr")
-        of_counts = np.concatenate([labels[inside], self.of_texts(more)])
-        table = _table(counts, of_counts, len(self.shares), self.smoothing) * np.float32(self.temper)
+        vocab_size, clusters = len(self.table), len(self.shares)
+        of_more = self.of_texts(more) if of_more is None else of_more
+        inside, known = labels >= 0, (of_more >= 0) & (of_more < clusters)
+        counts = vstack([count_tokens(ids[inside], vocab_size), count_tokens(more[known], vocab_size)], format="csr")
+        of_counts = np.concatenate([labels[inside], of_more[known]])
+        table = _table(counts, of_counts, clusters, self.smoothing) * np.float32(self.temper)
         return Evidence(table, self.shares, self.smoothing, self.temper)
 
     def sums(self, ids: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from .algorithms import Clustering, describe_clusters
-from .copies import without_copies
+from .copies import are_copies
 from .evidence import Evidence, separations
 from .ownership import Identities, Ownership, assign_experts
 from .settings import GIVEN, SEPARATION, ClusterSettings
@@ -54,6 +54,7 @@ def fit_texts(
     num_experts: int,
     max_clusters: int,
     older: np.ndarray | None = None,
+    older_given: np.ndarray | None = None,
 ) -> JointFit:
     """
     Clusters texts by their tokens (or takes their labels), matches the clusters to those of the fit before, and gives
@@ -67,7 +68,9 @@ def fit_texts(
         identities: P clusters of the fits before. In place of a centroid each has its evidence (V,), in place of a
             radius its share: a new cluster continues the one whose texts it has.
         vocab_size: V. num_experts: slots. max_clusters: how many the routers can hold.
-        older: (M, L') texts that no cluster is looked for in, but whose tokens are counted for evidence.
+        older: (M, L') texts that no cluster is looked for in, but whose tokens are counted for evidence: each for the
+            cluster that the evidence of the sample gives it.
+        older_given: (M,) the labels that came with them, by which `algorithm="given"` counts them.
 
     Raises:
         ValueError: see `find_clusters`; labels with gaps, or none at all.
@@ -85,7 +88,9 @@ def fit_texts(
     evidence = Evidence.fit(ids, labels, shares, vocab_size, held)
     if older is not None and len(older):
         # what is held out may be among them, from an epoch before or read ahead, and would be measured on itself
-        evidence = evidence.counted_on(ids[~held], labels[~held], without_copies(older, ids[held]))
+        fresh = ~are_copies(older, ids[held])
+        told = older_given[fresh] if older_given is not None and settings.algorithm == GIVEN else None
+        evidence = evidence.counted_on(ids[~held], labels[~held], older[fresh], told)
     apart = separations(ids, labels, len(clustering), vocab_size) if settings.common_by == SEPARATION else None
     before = Evidence(identities.centroids.T, identities.radii).of_texts(ids)
     ownership = assign_experts(

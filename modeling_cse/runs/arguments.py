@@ -136,7 +136,7 @@ class ClusterArguments:
     min_cluster_share: float | None = _flag(None, "Smallest share that dbscan and hdbscan call a cluster.")
     sample_size: int = _flag(2048, "Sequences kept for a fit.")
     evidence_size: int | None = _flag(
-        None, "Sequences whose tokens are counted for evidence, the sample and those before it. Default: the sample."
+        None, "Sequences whose tokens are counted for evidence, the sample and those before it. Default: 3 samples."
     )
     patience: int = _flag(3, "Fits a cluster may be absent or common before it loses its expert.")
     ema_decay: float | None = _flag(None, "Weight of the past for one sequence with ema. Default 0.999.")

@@ -41,6 +41,8 @@ logger = logging.get_logger(__name__)
 
 EMA_DECAY = 0.999
 LAYER_BUDGET = 2
+# Samples that evidence is counted on: that of more changes little (docs/evidence/longtail-trials.md).
+EVIDENCE_SAMPLES = 3
 
 
 class ClusterExpertsCallback(TrainerCallback):
@@ -72,7 +74,8 @@ class ClusterExpertsCallback(TrainerCallback):
             this share; the others are long-tail. Default: 0.75 for `"text"`, otherwise 0.7.
         sample_size (`int`): sequences kept per fit, over all processes.
         evidence_size (`int`): sequences whose tokens are counted for `cse_routing="evidence"`: those of the sample,
-            and the ones before them, each for the cluster that the sample's evidence gives it. Default: the sample.
+            and the ones before them, each for the cluster that the sample's evidence gives it (or that came with it).
+            Default: three times the sample.
         seed (`int`): of clustering and fresh expert weights.
         patience (`int`): fits in a row a cluster may be absent or common before it loses its expert.
         ema_decay (`float`): weight of the past for one sequence, where centroids move. Default 0.999.
@@ -126,7 +129,6 @@ class ClusterExpertsCallback(TrainerCallback):
         if layer_budget is not None and not is_count(layer_budget, 1):
             raise ValueError(f"layer_budget={layer_budget!r} is not allowed: it must be None or an int >= 1.")
         self.sample_size, self.evidence_size, self.layer_budget = sample_size, evidence_size, layer_budget
-        self._kept = evidence_size or sample_size  # sequences of which a fit reads anything
         self.ema_decay = EMA_DECAY if ema_decay is None else ema_decay
         self.memory = ClusterMemory()
         self.idle = IdleSlots()
@@ -266,6 +268,13 @@ class ClusterExpertsCallback(TrainerCallback):
     def _has_clusters(self) -> bool:
         return any(module.router.num_clusters for module in self._modules())
 
+    @property
+    def _kept(self) -> int:
+        """Sequences of which a fit reads anything."""
+        if self.base.config.cse_routing != "evidence":
+            return self.sample_size
+        return self.evidence_size or EVIDENCE_SAMPLES * self.sample_size
+
     def _moves(self) -> bool:
         return self.schedule.moves and bool(self.memory.discriminants)
 
@@ -331,8 +340,8 @@ class ClusterExpertsCallback(TrainerCallback):
         sites, first = self._sites(), not self._has_clusters()
         features = gather_features({site: self._sampler.stores[site].as_it_is() for site in sites}, self.sample_size)
         texts = None
-        if self.evidence_size:
-            texts = gather_features({sites[0]: self._sampler.stores[sites[0]].all_texts()}, self.evidence_size)
+        if self._kept > self.sample_size:
+            texts = gather_features({sites[0]: self._sampler.stores[sites[0]].all_texts()}, self._kept)
         budget = self._budget() if first else None
         metrics, filled = fit_layers(
             self.base, features, self.settings, self.memory, budget, drifting=True, texts=texts

@@ -139,6 +139,7 @@ def fit_joint(
             "row holds one."
         )
     counted = (texts or {}).get(site)
+    older = None if counted is None else counted[: len(counted) - len(sample)]
     identities = memory.texts or identities_of_texts(base, module.router, sample)
     ids = sample.ids.numpy()
     fit = fit_texts(
@@ -150,7 +151,8 @@ def fit_joint(
         vocab_size=base.config.vocab_size,
         num_experts=module.num_experts,
         max_clusters=module.router.max_clusters,
-        older=None if counted is None else counted.ids.numpy()[: len(counted) - len(sample)],
+        older=None if older is None else older.ids.numpy(),
+        older_given=None if older is None else older.labels.numpy(),
     )
     if base.config.cse_routing == "evidence":
         fit.metrics.update(evidence_agreement(fit, ids, base.config.reads_left_to_right))

@@ -9,6 +9,7 @@ from longtail_tiny import EXAMPLES
 
 from modeling_cse import ClusterExpertsCallback, CSEBertConfig, CSEGPT2Config
 from modeling_cse.data import train_tokenizer
+from modeling_cse.training.callback import EVIDENCE_SAMPLES
 
 
 from arms import Arm, build_callback, build_config, for_size, model_class, read_arms  # isort: skip
@@ -91,6 +92,12 @@ def test_documents_end_with_the_token_of_the_corpus(tokenizer):
     assert build_config(ARMS["cse"], "gpt2", CPU.config, tokenizer).cse_separator_token_id is None
 
 
+def test_evidence_is_counted_on_the_sample_where_an_arm_says_nothing():
+    """As in the runs of its records."""
+    sizes = {name: build_callback(ARMS[name], seed=0).evidence_size for name in ("cse", "cse_documents", "states")}
+    assert sizes == {"cse": 2048, "cse_documents": 4096, "states": None}
+
+
 @pytest.mark.parametrize(("family", "size"), [("gpt2", "cpu"), ("bert", "cpu_bert")])
 def test_the_default_arm_is_what_the_library_does_by_default(family, size, tokenizer):
     size = Size.load(size).config
@@ -101,5 +108,6 @@ def test_the_default_arm_is_what_the_library_does_by_default(family, size, token
         assert getattr(config, flag) == getattr(plain, flag), flag
     own, default = build_callback(ARMS[Roles().default], seed=0), ClusterExpertsCallback()
     assert own.schedule == default.schedule.resolve(at_once=False) and own.sample_size == default.sample_size
+    assert own.evidence_size == EVIDENCE_SAMPLES * default.sample_size
     own, default = (callback.settings.resolve("evidence") for callback in (own, default))
     assert own.cluster_range == default.cluster_range and replace(own, num_clusters=None) == default

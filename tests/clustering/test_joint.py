@@ -11,13 +11,14 @@ from modeling_cse.clustering.joint import LEAST_OVERLAP, match_texts
 from modeling_cse.clustering.texts import count_tokens
 
 
-def fit(ids, given=None, identities=None, num_experts: int = 4, older=None, **settings):
+def fit(ids, given=None, identities=None, num_experts: int = 4, older=None, older_given=None, **settings):
     options = {"algorithm": "text", "num_clusters": 3, "common_share": 0.4, **settings}
     if given is None:
         given = np.full(len(ids), -1, np.int64)
     identities = Identities.none(VOCAB) if identities is None else identities
     sizes = {"vocab_size": VOCAB, "num_experts": num_experts, "max_clusters": 16}
-    return fit_texts(ids, given, held_out(len(ids)), ClusterSettings(**options), identities, **sizes, older=older)
+    more = {"older": older, "older_given": older_given}
+    return fit_texts(ids, given, held_out(len(ids)), ClusterSettings(**options), identities, **sizes, **more)
 
 
 def expert_of_domains(found, domains) -> list[int]:
@@ -61,6 +62,28 @@ def test_older_texts_are_counted_for_the_cluster_that_evidence_gives_them():
     unseen, of_unseen = texts(count=400, seed=11)
     right = [(each.evidence.of_texts(unseen) == found.labels[[0, 4, 6]][of_unseen]).mean() for each in (found, more)]
     assert right[1] >= right[0] and right[1] > 0.95
+
+
+def test_labels_of_older_texts_are_believed_where_labels_are_the_clusters():
+    """Also where they say what the tokens do not; texts without a label, or of a cluster that the sample has none
+    of, say nothing. Where clusters are found labels are not read."""
+    ids, domains = texts(count=48)
+    older, of_older = texts(count=400, seed=9)
+    turned = (of_older + 1) % 3
+    options = {"given": domains, "algorithm": "given", "num_clusters": None}
+    found = fit(ids, older=older, older_given=turned, **options)
+    every = np.concatenate([ids[~found.held], np.pad(older, ((0, 0), (0, ids.shape[1] - older.shape[1])))])
+    labels = np.concatenate([domains[~found.held], turned])
+    table = log_ratios(count_tokens(every, VOCAB), labels, 3, found.evidence.smoothing) * found.evidence.temper
+    seen = np.isin(np.arange(VOCAB), every)
+    np.testing.assert_allclose(found.evidence.table[seen], table[seen], rtol=1e-5, atol=1e-6)
+    unknown = np.where(np.arange(400) % 2, 3, -1)
+    alone, none = fit(ids, **options), fit(ids, older=older, older_given=unknown, **options)
+    only_held_out = np.zeros(VOCAB, bool)  # `fit` without older texts counts the same, those that are held out too
+    only_held_out[ids[alone.held]] = True
+    np.testing.assert_allclose(none.evidence.table[~only_held_out], alone.evidence.table[~only_held_out], rtol=1e-6)
+    plain, told = fit(ids, older=older), fit(ids, older=older, older_given=turned)
+    np.testing.assert_array_equal(told.evidence.table, plain.evidence.table)
 
 
 def test_the_same_texts_churn_nothing():

@@ -30,7 +30,7 @@ def callback(**changes) -> ClusterExpertsCallback:
 
 @pytest.fixture
 def gathered(monkeypatch) -> list:
-    """What the fits of a run look at: samples, and where it was asked for the texts behind evidence, in turn."""
+    """What the fits of a run look at: samples, and where there are more the texts behind evidence, in turn."""
     noted = []
 
     def note(*args):
@@ -41,9 +41,11 @@ def gathered(monkeypatch) -> list:
     return noted
 
 
-@pytest.mark.parametrize(("size", "counted"), [(24, [16, 24, 24, 24]), (40, [16, 32, 40, 40]), (16, [16] * 4)])
+@pytest.mark.parametrize(
+    ("size", "counted"), [(24, [16, 24, 24, 24]), (40, [16, 32, 40, 40]), (None, [16, 32, 48, 48])]
+)
 def test_the_texts_before_a_sample_are_kept(tmp_path, gathered, size, counted):
-    """A step reads eight texts."""
+    """A step reads eight texts. By default three samples are counted."""
     trainer = train(tmp_path, callback(evidence_size=size), model=evidence_model(), data=DATA, max_steps=9)
     assert fit_steps(trainer) == [2, 4, 6, 8]
     samples, texts = gathered[::2], gathered[1::2]
@@ -64,13 +66,13 @@ def test_evidence_is_of_all_texts_and_clusters_are_of_the_sample(tmp_path, monke
     found = []
     counted_on = Evidence.counted_on
 
-    def note(evidence, ids, labels, more):
-        found.append((evidence, len(ids), more, counted_on(evidence, ids, labels, more)))
+    def note(evidence, ids, labels, more, of_more):
+        found.append((evidence, len(ids), more, counted_on(evidence, ids, labels, more, of_more)))
         return found[-1][-1]
 
     monkeypatch.setattr(Evidence, "counted_on", note)
     whole = train(tmp_path / "a", callback(evidence_size=40), model=evidence_model(), data=DATA, max_steps=9)
-    alone = train(tmp_path / "b", callback(), model=evidence_model(), data=DATA, max_steps=9)
+    alone = train(tmp_path / "b", callback(evidence_size=16), model=evidence_model(), data=DATA, max_steps=9)
     assert [len(more) for _, _, more, _ in found] == [16, 24, 24], "the first fit has the sample only"
     of_sample, _, more, of_all = found[-1]
     router = whole.model.base_model.evidence_router
@@ -82,12 +84,33 @@ def test_evidence_is_of_all_texts_and_clusters_are_of_the_sample(tmp_path, monke
     assert len(more) == 24 and fit_steps(whole) == fit_steps(alone)
 
 
-def test_the_size_of_the_sample_changes_nothing(tmp_path):
-    asked = train(tmp_path / "a", callback(evidence_size=16), model=evidence_model(), data=DATA, max_steps=9)
-    plain = train(tmp_path / "b", callback(), model=evidence_model(), data=DATA, max_steps=9)
-    assert history(asked) == history(plain)
-    ours, theirs = asked.model.state_dict(), plain.model.state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+def test_of_the_sample_alone_nothing_else_is_kept(tmp_path, gathered):
+    trainer = train(tmp_path, callback(evidence_size=16), model=evidence_model(), data=DATA, max_steps=9)
+    assert fit_steps(trainer) == [2, 4, 6, 8] and [len(each) for each in gathered] == [16] * 4
+
+
+def test_routes_that_count_no_tokens_keep_the_sample_alone(tmp_path, gathered):
+    train(tmp_path, callback(), model=tiny_model("gpt2", cse_routing="discriminant"), data=DATA, max_steps=9)
+    assert [len(each) for each in gathered] == [16] * 4
+
+
+def test_labels_that_come_with_the_texts_count_them(tmp_path, monkeypatch):
+    """Not the clusters that evidence would give them: labels are known."""
+    told = []
+    counted_on = Evidence.counted_on
+
+    def note(evidence, ids, labels, more, of_more):
+        told.append((more, of_more))
+        return counted_on(evidence, ids, labels, more, of_more)
+
+    monkeypatch.setattr(Evidence, "counted_on", note)
+    data = [{**row, "given_clusters": torch.tensor(number // 2 % 3)} for number, row in enumerate(DATA)]
+    known = {tuple(row["input_ids"].tolist()): int(row["given_clusters"]) for row in data}
+    own = callback(algorithm="given", num_clusters=None, common_share=0.4, common_by="size", update="recluster")
+    train(tmp_path, own, model=evidence_model(), data=data, max_steps=9)
+    assert [len(of_more) for _, of_more in told] == [16, 32, 32]
+    for more, of_more in told:
+        assert [known[tuple(row)] for row in more] == of_more.tolist()
 
 
 @pytest.mark.parametrize("step", [3, 6])
