@@ -7,6 +7,7 @@ from tiny import tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_cse import ClusterExpertsCallback
+from modeling_cse.training import callback as callback_module
 
 
 DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
@@ -41,6 +42,18 @@ def two_topics(seed: int = 0) -> list[dict]:
 def settings(**changes) -> dict:
     """Arguments of a callback that fits at step 4 and at every second step after it."""
     return {"warmup": 4, "recluster_every": 2, "num_clusters": 3, "common_share": 0.4, "sample_size": 16, **changes}
+
+
+def note_samples(monkeypatch) -> list[dict]:
+    """Fills with what the fits of the runs to come look at, by site, a fit an entry."""
+    noted, fit = [], callback_module.fit_layers
+
+    def note(model, features, *args, **options):
+        noted.append(features)
+        return fit(model, features, *args, **options)
+
+    monkeypatch.setattr(callback_module, "fit_layers", note)
+    return noted
 
 
 def make_trainer(folder, callback=None, *, model=None, data=None, callbacks=(), attach=True, **changes) -> Trainer:

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """One run: an arm, a seed, a size, a corpus; trained, measured, and recorded in a folder of its own.
 
-    python examples/longtail_benchmark/train.py --arm cse_wide --seed 0
+    python examples/longtail_benchmark/train.py --arm cse_wide_counted --seed 0
 """
 
 import argparse

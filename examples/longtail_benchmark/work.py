@@ -3,9 +3,9 @@
 
     python examples/longtail_benchmark/work.py runs/longtail/queue.txt
 
-A line of the list is what one calls train.py with: `--arm cse_wide --seed 0`; or another script of this folder by
-name, and what it is called with: `tasks.py --model ...`. A worker takes the first line that is neither
-done nor in work. A run that was killed goes on from its last checkpoint when its line is taken again. Lines may be
+A line of the list is what one calls train.py with: `--arm cse_wide_counted --seed 0`; or another script of this folder
+by name, and what it is called with: `tasks.py --model ...`. A worker takes the first line that is neither done nor in
+work. A run that was killed goes on from its last checkpoint when its line is taken again. Lines may be
 added, or moved, while workers run; `--follow` waits for more instead of ending.
 """
 

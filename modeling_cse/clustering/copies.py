@@ -34,7 +34,7 @@ def first_copies(ids: np.ndarray) -> np.ndarray:
 
 def are_copies(ids: np.ndarray, of: np.ndarray) -> np.ndarray:
     """
-    Which texts among some are a copy of any among others.
+    Which texts among some are a copy of any among others, as `first_copies` has it but for copies of copies.
 
     Args:
         ids: (M, L) token ids, -1 behind the end of a text.
@@ -45,17 +45,19 @@ def are_copies(ids: np.ndarray, of: np.ndarray) -> np.ndarray:
     """
     longest = max(ids.shape[1], of.shape[1])
     whole = [np.pad(part, ((0, 0), (0, longest - part.shape[1])), constant_values=-1) for part in (of, ids)]
-    return first_copies(np.concatenate(whole))[len(of) :] < len(of)
+    has, lengths = _tokens_at_places(np.concatenate(whole))
+    found, of_columns = np.zeros(len(ids), bool), has[len(of) :].T.tocsr()
+    for start in range(0, len(of), ROWS):
+        common = (has[start : min(start + ROWS, len(of))] @ of_columns).tocoo()
+        longer = np.maximum(lengths[common.row + start], lengths[common.col + len(of)])
+        found[common.col[common.data >= LEAST_SHARED * longer]] = True
+    return found
 
 
 def _close_pairs(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of texts (P,), (P,) that have the same token at `LEAST_SHARED` of the places that either of them has."""
-    rows, places = np.nonzero(texts >= 0)
-    keys = places * (texts.max(initial=0) + np.int64(1)) + texts[rows, places]
-    _, columns = np.unique(keys, return_inverse=True)
-    shape = len(texts), columns.max(initial=-1) + 1
-    has = csr_matrix((np.ones(len(rows), np.int32), (rows, columns)), shape)
-    of_columns, lengths = has.T.tocsr(), np.bincount(rows, minlength=len(texts))
+    has, lengths = _tokens_at_places(texts)
+    of_columns = has.T.tocsr()
     found = [np.empty((2, 0), np.int64)]
     for start in range(0, len(texts), ROWS):
         common = triu(has[start : start + ROWS] @ of_columns, k=start + 1).tocoo()
@@ -64,3 +66,12 @@ def _close_pairs(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found.append(np.stack([one[close], other[close]]))
     one, other = np.concatenate(found, axis=1)
     return one, other
+
+
+def _tokens_at_places(texts: np.ndarray) -> tuple[csr_matrix, np.ndarray]:
+    """What each text (P, L) has where: (P, columns) int32, a column for each token at a place; and lengths (P,)."""
+    rows, places = np.nonzero(texts >= 0)
+    keys = places * (texts.max(initial=0) + np.int64(1)) + texts[rows, places]
+    _, columns = np.unique(keys, return_inverse=True)
+    shape = len(texts), columns.max(initial=-1) + 1
+    return csr_matrix((np.ones(len(rows), np.int32), (rows, columns)), shape), np.bincount(rows, minlength=len(texts))

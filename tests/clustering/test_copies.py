@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from modeling_cse.clustering import held_out
-from modeling_cse.clustering.copies import LEAST_SHARED, ROWS, first_copies
+from modeling_cse.clustering.copies import LEAST_SHARED, ROWS, are_copies, first_copies
 
 
 MASK = 3
@@ -78,3 +78,23 @@ def test_copies_under_masks_are_held_out_together():
     held = held_out(len(sample), sample)
     np.testing.assert_array_equal(held[:50], held_out(50))
     np.testing.assert_array_equal(held[50:], np.roll(held[:50], 1))
+
+
+@pytest.mark.parametrize("count", [40, ROWS + 50])
+def test_copies_of_other_texts_are_found(count):
+    """Under other masks, and in rows of another length."""
+    others = texts(count, 64)
+    own = np.concatenate([masked(others, 1)[::2], texts(30, 64, 3)])
+    wide = np.pad(own, ((0, 0), (0, 8)), constant_values=-1)
+    expected = np.arange(len(own)) < (count + 1) // 2
+    np.testing.assert_array_equal(are_copies(own, masked(others, 2)), expected)
+    np.testing.assert_array_equal(are_copies(wide, others), expected)
+    assert not are_copies(own, others[:0]).any() and len(are_copies(own[:0], others)) == 0
+
+
+def test_half_of_the_places_make_a_copy_of_another_text():
+    plain = texts(1, 64)
+    half, less = plain.repeat(2, axis=0)
+    half[::2] += 1000
+    less[:33] += 1000
+    assert are_copies(np.stack([half, less, plain[0]]), plain).tolist() == [True, False, True]

@@ -10,14 +10,12 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import routed_modules, tiny_model
-from tiny_runs import DROPOUT, Watcher, fit_steps, history, make_trainer, rows, settings, train
+from tiny_runs import DROPOUT, Watcher, fit_steps, history, make_trainer, note_samples, rows, settings, train
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from modeling_cse import ClusterExpertsCallback
 from modeling_cse.training import FeatureCollector, ahead
-from modeling_cse.training import callback as module
-from modeling_cse.training.gathering import gather_features
 
 
 TEXT = {"common_share": 0.4, "num_clusters": 3, "sample_size": 32, "warmup": 0, "recluster_every": 4}
@@ -48,9 +46,7 @@ def test_clusters_are_there_before_the_first_step(tmp_path):
 @pytest.fixture
 def samples(monkeypatch) -> list:
     """What the fits of a run look at."""
-    noted = []
-    monkeypatch.setattr(module, "gather_features", lambda *args: noted.append(gather_features(*args)) or noted[-1])
-    return noted
+    return note_samples(monkeypatch)
 
 
 def texts(samples: list) -> list[torch.Tensor]:

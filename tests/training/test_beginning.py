@@ -9,11 +9,9 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import tiny_model
-from tiny_runs import fit_steps, history, rows, settings, train
+from tiny_runs import fit_steps, history, note_samples, rows, settings, train
 
 from modeling_cse import ClusterExpertsCallback, fit_experts
-from modeling_cse.training import callback as module
-from modeling_cse.training.gathering import gather_features
 
 
 DATA = rows(length=24)
@@ -77,23 +75,19 @@ def test_a_resumed_run_has_fits_when_the_uninterrupted_one_has(tmp_path, model, 
 
 
 @pytest.fixture
-def sizes(monkeypatch) -> list[int]:
-    """How many sequences the fits of a run look at."""
-    noted = []
-
-    def note(*args):
-        features = gather_features(*args)
-        noted.append(len(next(iter(features.values()))))
-        return features
-
-    monkeypatch.setattr(module, "gather_features", note)
-    return noted
+def samples(monkeypatch) -> list[dict]:
+    """What the fits of a run look at."""
+    return note_samples(monkeypatch)
 
 
-def test_clusters_of_texts_are_found_again_on_a_whole_sample(tmp_path, sizes):
+def sizes(samples: list[dict]) -> list[int]:
+    return [len(next(iter(sample.values()))) for sample in samples]
+
+
+def test_clusters_of_texts_are_found_again_on_a_whole_sample(tmp_path, samples):
     """Training reads eight texts a step: the first of these fits would have 32 of 48."""
     train(tmp_path, callback(sample_size=48), model=with_clusters("evidence"), data=DATA)
-    assert sizes == [48, 48]
+    assert sizes(samples) == [48, 48]
 
 
 @pytest.mark.parametrize(
@@ -105,10 +99,10 @@ def test_clusters_of_texts_are_found_again_on_a_whole_sample(tmp_path, sizes):
         ("evidence", stream(), 72, []),
     ],
 )
-def test_what_cannot_be_read_ahead_is_waited_for(tmp_path, sizes, caplog, routing, data, sample, fits):
+def test_what_cannot_be_read_ahead_is_waited_for(tmp_path, samples, caplog, routing, data, sample, fits):
     with caplog.at_level(logging.WARNING):
         trainer = train(tmp_path, callback(sample_size=sample), model=with_clusters(routing), data=data)
-    assert fit_steps(trainer) == fits and sizes == [sample] * len(fits)
+    assert fit_steps(trainer) == fits and sizes(samples) == [sample] * len(fits)
     said = f"sample_size={sample} sequences by step 4: the clusters that the model has are kept until "
     assert (said + ("step 8" if fits else "its end") in caplog.text) == (fits != [4, 8])
     assert all(each.router.num_clusters == 3 for each in trainer.model.base_model.routed_modules().values())

@@ -7,13 +7,12 @@ import math
 import pytest
 import torch
 from tiny import activate, tiny_model
-from tiny_runs import fit_steps, history, make_trainer, settings, train
+from tiny_runs import fit_steps, history, make_trainer, note_samples, settings, train
 
 from modeling_cse import ClusterExpertsCallback
 from modeling_cse.training import callback as module
 from modeling_cse.training import warmup
 from modeling_cse.training.consistency import GradientConsistency
-from modeling_cse.training.gathering import gather_features
 
 
 STEPS = 40
@@ -77,8 +76,7 @@ def test_a_sample_that_leaves_no_room_for_a_peak_is_named(tmp_path, small, caplo
 
 
 def test_where_no_room_is_left_the_sample_is_filled_up_with_text_that_is_read_ahead(tmp_path, small, monkeypatch):
-    noted = []
-    monkeypatch.setattr(module, "gather_features", lambda *args: noted.append(gather_features(*args)) or noted[-1])
+    noted = note_samples(monkeypatch)
     callback = ClusterExpertsCallback(**settings(warmup="auto", sample_size=60, update="frozen", recluster_every=100))
     monkeypatch.setattr(warmup, "LONGEST", 0.1)
     train(tmp_path, callback, model=tiny_model("gpt2", cse_routing="evidence"), max_steps=STEPS)
