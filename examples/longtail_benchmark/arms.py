@@ -201,8 +201,8 @@ def build_callback(arm: Arm, seed: int) -> ClusterExpertsCallback | None:
         kept = ("warmup", "sample_size", "common_share", "seed")
         clusters = {name: clusters[name] for name in kept if name in clusters}
         clusters |= {"algorithm": "given", "update": "frozen"}
-    elif arm.model.get("cse_routing") == "evidence" and "sample_size" in clusters:
-        clusters.setdefault("evidence_size", clusters["sample_size"])
+    elif arm.model.get("cse_routing", "evidence") == "evidence":
+        clusters.setdefault("evidence_size", clusters.get("sample_size", ClusterExpertsCallback().sample_size))
     return ClusterExpertsCallback(**clusters)
 
 

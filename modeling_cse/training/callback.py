@@ -41,7 +41,7 @@ logger = logging.get_logger(__name__)
 
 EMA_DECAY = 0.999
 LAYER_BUDGET = 2
-# Samples that evidence is counted on: that of more changes little (docs/evidence/longtail-trials.md).
+# Samples that evidence is counted on: by more of them routes gain little (docs/evidence/longtail-trials.md).
 EVIDENCE_SAMPLES = 3
 
 
