@@ -115,8 +115,8 @@ class Watch(TrainerCallback):
 
     def check_numbers(self, model) -> None:
         named = {**model.state_dict(), **self.clusters.memory.tensors()}
-        for site, store in self.clusters.collector.stores.items():
-            named |= {f"features.{site}.{n}": t for part in store.parts for n, t in vars(part).items()}
+        for place, store in self.clusters.collector.named_stores().items():
+            named |= {f"features.{place}.{n}": t for part in store.parts for n, t in vars(part).items()}
         wrong = [name for name, tensor in named.items() if not torch.isfinite(tensor).all()]
         self.bad += [f"{name} after step {self.step}" for name in wrong]
 

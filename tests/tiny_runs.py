@@ -8,6 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_cse import ClusterExpertsCallback
 from modeling_cse.training import callback as callback_module
+from modeling_cse.training.collecting import TEXTS
 
 
 DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
@@ -45,11 +46,11 @@ def settings(**changes) -> dict:
 
 
 def note_samples(monkeypatch) -> list[dict]:
-    """Fills with what the fits of the runs to come look at, by site, a fit an entry."""
+    """Fills with what the fits of the runs to come look at, by site, a fit an entry; the texts as `TEXTS`."""
     noted, fit = [], callback_module.fit_layers
 
     def note(model, features, *args, **options):
-        noted.append(features)
+        noted.append({**features, TEXTS: options["texts"]})
         return fit(model, features, *args, **options)
 
     monkeypatch.setattr(callback_module, "fit_layers", note)

@@ -150,16 +150,17 @@ class End(TrainerCallback):
         tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
         tensors |= {f"optimizer.{name}": value for name, value in _flat("", optimizer.state_dict())}
         tensors |= {f"memory.{name}": value for name, value in self.clusters.memory.tensors().items()}
-        for site, store in self.clusters.collector.stores.items():
+        stores = self.clusters.collector.named_stores()
+        for place, store in stores.items():
             features = store.as_it_is()
             if features is not None:
-                tensors |= {f"features.{site}.{name}": value for name, value in vars(features).items()}
+                tensors |= {f"features.{place}.{name}": value for name, value in vars(features).items()}
         tensors["random.torch"] = torch.get_rng_state()
         said = {
             "history": history(state.log_history),
             "schedule": lr_scheduler.state_dict(),
             "fits": self.clusters.memory.fits,
-            "seen": {str(site): store.seen for site, store in self.clusters.collector.stores.items()},
+            "seen": {place: store.seen for place, store in stores.items()},
             "step": [state.global_step, state.epoch],
             "random.python": _digest(repr(random.getstate())),
             "random.numpy": _digest(repr(np.random.get_state(legacy=False)["state"]["key"].tolist())),

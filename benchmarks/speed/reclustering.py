@@ -75,13 +75,15 @@ def reclustering(
             site: reservoir(sequences, module.router.hidden_size, site.layer)
             for site, module in base.routed_modules().items()
         }
+        sampled = None
         if contender.name == EVIDENCE:
             ids = texts(sequences, options.length, contender.model.config.vocab_size)
-            features = {site: replace(sample, ids=ids) for site, sample in features.items()}
+            features = {site: sample.without_tokens() for site, sample in features.items()}
+            sampled = replace(next(iter(features.values())).without_states(), ids=ids)
         seconds = []
         for number in range(-WARMUP, options.rounds):
             start = timer()
-            fit_layers(base, features, callback.settings, taken, drifting=True)
+            fit_layers(base, features, callback.settings, taken, drifting=True, texts=sampled)
             if number >= 0:
                 seconds.append(timer() - start)
         result = record(contender.name, None, seconds, None, sequences=sequences, recluster_every=EVERY)

@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Routing features: what was sampled of the states that enter a module, and the bounded store that keeps them."""
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -21,8 +22,8 @@ class RoutingFeatures:
 
     Fields:
         embeddings (N, d) fp32: mean state of a sequence, padding left out.
-        tokens (N, m, d) fp32: states of single tokens, spread over the sequence.
-        positions (N, m) int64: where in its sequence each of them stood; -1 where a sequence had no token at all.
+        tokens (N, m, d) fp32: states of single tokens, spread over the sequence; m may be 0.
+        positions (N, m or 1) int64: where in its sequence each of them stood; -1 where a sequence had no token at all.
         labels (N,) int64: the cluster that came with the batch, -1 where none did.
         passes (N,) int64: the number of the forward pass in which each was seen. Processes count alike.
         ids (N, L) int32: the tokens of each sequence, -1 behind its end; L is 0 where they were not asked for.
@@ -62,6 +63,10 @@ class RoutingFeatures:
         """For those who only look at embeddings: ranks have less to send each other. One position stays, for
         `present`."""
         return replace(self, tokens=self.tokens[:, :0], positions=self.positions[:, :1])
+
+    def without_ids(self) -> "RoutingFeatures":
+        """For those who only look at states."""
+        return replace(self, ids=None)
 
     def without_states(self) -> "RoutingFeatures":
         """For those who only count tokens: nothing of the size of a state is kept."""
@@ -123,7 +128,7 @@ def sample_features(
     Args:
         states: (B, T, d) states that enter a module, any float dtype.
         scope: padding and documents of the batch.
-        tokens_per_sequence: m. Each of m equal parts of a sequence gives one token.
+        tokens_per_sequence: m. Each of m equal parts of a sequence gives one token; 0: means alone are kept.
         offset: sequences sampled before. It shifts the place within the part from sequence to sequence, evenly and
             without a random number, so that all positions are met.
         labels: (B,) or (B, T) clusters that came with the batch; a sequence has that of its first token.
@@ -141,10 +146,11 @@ def sample_features(
     starts = (counts.cumsum(0) - counts)[kept].long()
     golden = 0.6180339887498949
     shift = ((torch.arange(len(kept), device=states.device, dtype=torch.float64) + offset) * golden) % 1.0
-    parts = torch.arange(tokens_per_sequence, device=states.device, dtype=torch.float64)
-    places = (parts + shift.unsqueeze(1)) / tokens_per_sequence
+    looked_at = max(tokens_per_sequence, 1)  # one position stays, for `present`
+    parts = torch.arange(looked_at, device=states.device, dtype=torch.float64)
+    places = (parts + shift.unsqueeze(1)) / looked_at
     positions = (places * counts[kept].unsqueeze(1)).long()
-    tokens = states.flatten(0, 1)[order[starts.unsqueeze(1) + positions]]
+    tokens = states.flatten(0, 1)[order[starts.unsqueeze(1) + positions[:, :tokens_per_sequence]]]
     positions = positions.masked_fill(counts[kept].unsqueeze(1) == 0, -1)
     if labels is None:
         given = positions.new_full((len(kept),), -1)
@@ -160,29 +166,30 @@ def sample_features(
 
 
 class FeatureStore:
-    """Keeps the last `capacity` sequences that were added, and of the `texts` before them the tokens alone: memory
-    does not grow with the corpus."""
+    """Keeps the last `capacity` sequences that were added: memory does not grow with the corpus."""
 
-    def __init__(self, capacity: int, texts: int = 0):
-        self.capacity, self.texts = capacity, texts
-        self.parts: list[RoutingFeatures] = []
-        self.older: list[RoutingFeatures] = []
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.parts: deque[RoutingFeatures] = deque()
         self.seen = 0
+        self._held = 0  # in batches of one row thousands of parts would be counted in every step
         self._taken = 0
         self.passes = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return self._held
 
     def add(self, features: RoutingFeatures) -> None:
         """Takes what one forward pass gave."""
         self.seen += len(features)
+        self._held += len(features)
         self.parts.append(replace(features, passes=torch.full_like(features.passes, self.passes)))
         self.passes += 1
-        dropped = _drop_oldest(self.parts, self.capacity)
-        if self.texts:
-            self.older += [part.without_states() for part in dropped]
-            _drop_oldest(self.older, self.texts)
+        while self._held > self.capacity:
+            oldest, surplus = self.parts.popleft(), self._held - self.capacity
+            if surplus < len(oldest):
+                self.parts.appendleft(oldest[surplus:])
+            self._held -= min(surplus, len(oldest))
 
     def all(self) -> RoutingFeatures | None:
         """Everything kept that had a token, on the CPU, oldest first; None when empty."""
@@ -192,15 +199,6 @@ class FeatureStore:
     def as_it_is(self) -> RoutingFeatures | None:
         """Everything kept, also what `present` leaves out: for a checkpoint, from which `restore` goes on the same."""
         return RoutingFeatures.concatenate([part.cpu() for part in self.parts]) if self.parts else None
-
-    def older_texts(self) -> RoutingFeatures | None:
-        """The texts before what is kept whole, on the CPU, oldest first; None where there are none."""
-        return RoutingFeatures.concatenate([part.cpu() for part in self.older]) if self.older else None
-
-    def all_texts(self) -> RoutingFeatures | None:
-        """The tokens of everything kept, `older_texts` first; None when empty."""
-        kept = [*self.older, *(part.without_states() for part in self.parts)]
-        return RoutingFeatures.concatenate([part.cpu() for part in kept]) if kept else None
 
     def newest(self) -> RoutingFeatures | None:
         """What was added since the last call, as far as it is still kept, on the CPU; None if nothing was."""
@@ -213,26 +211,12 @@ class FeatureStore:
         return RoutingFeatures.concatenate(parts[::-1]).present() if parts else None
 
     def clear(self) -> None:
-        self.parts, self.older = [], []
-        self._taken = self.seen
+        self.parts.clear()
+        self._held, self._taken = 0, self.seen
 
-    def restore(
-        self, features: RoutingFeatures | None, seen: int, passes: int, older: RoutingFeatures | None = None
-    ) -> None:
-        """Takes up what a checkpoint holds: `as_it_is` and `older_texts`."""
-        self.parts = [] if features is None else [features]
-        self.older = [] if older is None else [older]
+    def restore(self, features: RoutingFeatures | None, seen: int, passes: int) -> None:
+        """Takes up what a checkpoint holds: `as_it_is`."""
+        self.parts = deque() if features is None else deque([features])
+        self._held = 0 if features is None else len(features)
         self.seen = self._taken = seen
         self.passes = passes
-
-
-def _drop_oldest(parts: list[RoutingFeatures], most: int) -> list[RoutingFeatures]:
-    """Takes away the first sequences of a list, in place, so that no more than `most` stay, and gives them back."""
-    surplus, dropped = sum(map(len, parts)) - most, []
-    while surplus > 0:
-        first = parts.pop(0)
-        dropped.append(first[:surplus])
-        if surplus < len(first):
-            parts.insert(0, first[surplus:])
-        surplus -= len(first)
-    return dropped

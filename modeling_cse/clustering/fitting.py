@@ -144,7 +144,8 @@ def held_out(sequences: int, ids: np.ndarray | None = None) -> np.ndarray:
 
 def _check_range(features: RoutingFeatures, state: dict[str, torch.Tensor]) -> None:
     """Whether a router can use this state: it takes squares and scores in fp32, which ends at 3e38."""
-    largest = max(float(states.abs().max()) for states in (features.embeddings, features.tokens))
+    sampled = [states for states in (features.embeddings, features.tokens) if states.numel()]
+    largest = max(float(states.abs().max()) for states in sampled)
     room = torch.finfo(torch.float32).max / features.embeddings.shape[1]
     endless = sorted(name for name, rows in state.items() if not rows.isfinite().all())
     if endless or 4 * largest**2 > room:

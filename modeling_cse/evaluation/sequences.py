@@ -120,7 +120,7 @@ def _by_evidence(base: nn.Module, batches: Batches):
 
 def _by_states(base: nn.Module, batches: Batches):
     site, module = list(base.routed_modules().items())[-1]
-    collector = FeatureCollector(base, 1 << 40, tokens_per_sequence=1, training_only=False, separated=False)
+    collector = FeatureCollector(base, 1 << 40, tokens_per_sequence=0, training_only=False, separated=False)
     collector.attach([site])
     collector.enabled = True
     ids, routes, masks = [], [], []

@@ -27,7 +27,7 @@ from .checking import (
 from .checkpoints import check_sums
 from .collecting import FeatureCollector, refuse_adapters, refuse_parallel_plans, routed_base_model
 from .fitting import fit_layers
-from .gathering import gather_features, local_capacity, rank, world_size
+from .gathering import gather_features, gather_texts, local_capacity, rank, world_size
 from .memory import ClusterMemory, load_state, save_state
 from .moments import IdleSlots, start_moments
 from .plan import FitPlan
@@ -167,7 +167,7 @@ class ClusterExpertsCallback(TrainerCallback):
         self._rows = (state.train_batch_size if args.auto_find_batch_size else None) or args.train_batch_size
         capacity = local_capacity(self.sample_size, self._rows)
         room = max(capacity, self._rows * args.gradient_accumulation_steps) if self.schedule.moves else capacity
-        texts = local_capacity(self._kept, self._rows) - capacity
+        texts = local_capacity(self._kept, self._rows)
         self.collector = FeatureCollector(model, room, with_ids=is_joint(self.base, self.settings), texts=texts)
         self.memory = ClusterMemory()
         dataloader = kwargs.get("train_dataloader")
@@ -339,9 +339,7 @@ class ClusterExpertsCallback(TrainerCallback):
     def _fit(self, optimizer: Optimizer) -> dict[str, float]:
         sites, first = self._sites(), not self._has_clusters()
         features = gather_features({site: self._sampler.stores[site].as_it_is() for site in sites}, self.sample_size)
-        texts = None
-        if self._kept > self.sample_size:
-            texts = gather_features({sites[0]: self._sampler.stores[sites[0]].all_texts()}, self._kept)
+        texts = gather_texts(self._sampler.texts.as_it_is(), self._kept)
         budget = self._budget() if first else None
         metrics, filled = fit_layers(
             self.base, features, self.settings, self.memory, budget, drifting=True, texts=texts
@@ -380,13 +378,13 @@ class ClusterExpertsCallback(TrainerCallback):
     def _save(self, folder: Path, state: TrainerState) -> None:
         automatic = self._planned.automatic
         self.memory.warmup = {} if automatic is None else automatic.state()
-        save_state(folder, rank(), state.global_step, self.memory, self._sampler.stores, self.base)
+        save_state(folder, rank(), state.global_step, self.memory, self._sampler.named_stores(), self.base)
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Takes up the memory of the checkpoint the Trainer has just loaded, and says whether it has one."""
         folder = find_state(args, state, self.base)
         if folder is not None:
-            load_state(folder, rank(), state.global_step, self.memory, self._sampler.stores, self.base)
+            load_state(folder, rank(), state.global_step, self.memory, self._sampler.named_stores(), self.base)
             check_sums(folder)
         return folder is not None
 

@@ -75,6 +75,8 @@ def refuse_parallel_plans(model: nn.Module) -> None:
 
 # What a forward pass of the base model is told, and the hooks are to know.
 READ = ("attention_mask", "position_ids", "given_clusters", "input_ids")
+TOKENS = 8
+TEXTS = "texts"  # in a checkpoint, beside the names of the sites
 
 _COLLECTORS: "WeakValueDictionary[int, FeatureCollector]" = WeakValueDictionary()
 _numbers = count()
@@ -102,30 +104,35 @@ def _collect(clock: torch.Tensor, collector: int, site: str, states: torch.Tenso
 
 class FeatureCollector:
     """
-    Forward hooks on the routers of a model, filling one bounded store a site.
+    Forward hooks on the routers of a model, filling one bounded store a site, and one of the texts, which are the same
+    at every site.
 
     Args:
         model: a CSE model or head.
         capacity: sequences kept a site.
-        tokens_per_sequence: tokens sampled of each, for the discriminant.
+        tokens_per_sequence: tokens sampled of each, for the discriminant. Default: 8, or none with
+            `cse_routing="evidence"`, which has no discriminant.
         training_only: record nothing while the model is in evaluation mode.
-        with_ids: keep the token ids of the sequences too, at every site.
+        with_ids: keep the token ids of the sequences too.
         separated: documents of a row that `cse_separator_token_id` parts are sequences of their own.
-        texts: sequences before those of `capacity` whose ids alone are kept.
+        texts: sequences whose ids are kept, `capacity` (the default) or more.
     """
 
     def __init__(
         self,
         model: nn.Module,
         capacity: int,
-        tokens_per_sequence: int = 8,
+        tokens_per_sequence: int | None = None,
         training_only: bool = True,
         with_ids: bool = False,
         separated: bool = True,
-        texts: int = 0,
+        texts: int | None = None,
     ):
         self.base = routed_base_model(model)
-        self.stores = {site: FeatureStore(capacity, texts) for site in self.base.routed_modules()}
+        self.stores = {site: FeatureStore(capacity) for site in self.base.routed_modules()}
+        self.texts = FeatureStore(capacity if texts is None else texts)
+        if tokens_per_sequence is None:
+            tokens_per_sequence = 0 if self.base.config.cse_routing == "evidence" else TOKENS
         self.tokens_per_sequence = tokens_per_sequence
         self.training_only = training_only
         self.with_ids = with_ids
@@ -199,16 +206,25 @@ class FeatureCollector:
         # the number that these sequences would have in one process
         offset = store.seen * world_size() + rank() * len(states)
         known = self._scope, self.tokens_per_sequence, offset, self._labels, self._ids
-        store.add(sample_features(states, *known))
+        features = sample_features(states, *known)
+        if self._ids is not None:
+            self.texts.add(features.without_states())
+            self._ids = None  # the first site of a forward pass speaks for all
+        store.add(features.without_ids())
+
+    def named_stores(self) -> dict[str, FeatureStore]:
+        """All stores: those of the sites by their names, and that of the texts where ids are kept."""
+        named = {str(site): store for site, store in self.stores.items()}
+        return {**named, TEXTS: self.texts} if self.with_ids else named
 
     def take(self) -> dict[Site, RoutingFeatures | None]:
-        """What was collected, by site; the stores are empty afterwards."""
+        """The states that were collected, by site; the stores are empty afterwards."""
         taken = {site: store.all() for site, store in self.stores.items()}
         self.clear()
         return taken
 
     def clear(self) -> None:
-        for store in self.stores.values():
+        for store in (*self.stores.values(), self.texts):
             store.clear()
 
 

@@ -36,7 +36,7 @@ from .collecting import (
     refuse_parallel_plans,
     routed_base_model,
 )
-from .gathering import gather_features, local_capacity, on_first_rank
+from .gathering import gather_features, gather_texts, local_capacity, on_first_rank
 from .memory import ClusterMemory
 
 
@@ -53,7 +53,7 @@ def fit_layers(
     memory: ClusterMemory,
     layer_budget: int | None = None,
     drifting: bool = False,
-    texts: dict[Site, RoutingFeatures | None] | None = None,
+    texts: RoutingFeatures | None = None,
 ) -> tuple[dict[str, float], dict[Site, dict[int, int | None]]]:
     """
     Fits every site on features that all ranks share, and writes nothing unless all of them succeed.
@@ -65,8 +65,8 @@ def fit_layers(
         memory: of the fits before; written.
         layer_budget: write only the fits of so many layers, those with the largest cluster clarity. None: of all.
         drifting: see `fit_layer`.
-        texts: by site, tokens of the sequences that evidence is counted on, those of the sample last. Without: of the
-            sample.
+        texts: token ids, where texts are clustered by them: of the sample, which comes last, and of the sequences
+            before it that evidence is counted on too.
 
     Returns:
         Metrics by name, and the expert slots that changed hands, by site: each with the slot that it begins as a copy
@@ -119,7 +119,7 @@ def fit_joint(
     features: dict[Site, RoutingFeatures | None],
     settings: ClusterSettings,
     memory: ClusterMemory,
-    texts: dict[Site, RoutingFeatures | None] | None = None,
+    texts: RoutingFeatures | None,
 ) -> JointFit:
     """
     The clusters that all sites share (`fit_texts`). Arguments as in `fit_layers`.
@@ -128,40 +128,42 @@ def fit_joint(
         ValueError: no sequence was sampled, or see `fit_texts`.
     """
     site, sample = next(iter(features.items()))
-    if sample is None:
+    if sample is None or texts is None:
         raise ValueError("no sequence reached a router: there is nothing to cluster.")
     module = base.routed_modules()[site]
+    older, sampled = texts[: len(texts) - len(sample)], texts[len(texts) - len(sample) :]
     separator = base.config.cse_separator_token_id
-    if separator is not None and not (sample.ids == separator).any():
+    if separator is not None and not (sampled.ids == separator).any():
         logger.warning_once(
             f"cse_separator_token_id={separator} is in none of the {len(sample)} sequences of the sample, so that "
             "each row is one text. It must be the token that ends a document in your rows; leave it out where each "
             "row holds one."
         )
-    counted = (texts or {}).get(site)
-    older = None if counted is None else counted[: len(counted) - len(sample)]
-    identities = memory.texts or identities_of_texts(base, module.router, sample)
-    ids = sample.ids.numpy()
+    ids = sampled.ids.numpy()
+    identities = memory.texts or identities_of_texts(base, module.router, sample.embeddings, ids)
     fit = fit_texts(
         ids,
-        sample.labels.numpy(),
+        sampled.labels.numpy(),
         held_out(len(sample), ids),
         settings,
         identities,
         vocab_size=base.config.vocab_size,
         num_experts=module.num_experts,
         max_clusters=module.router.max_clusters,
-        older=None if older is None else older.ids.numpy(),
-        older_given=None if older is None else older.labels.numpy(),
+        older=older.ids.numpy(),
+        older_given=older.labels.numpy(),
     )
     if base.config.cse_routing == "evidence":
         fit.metrics.update(evidence_agreement(fit, ids, base.config.reads_left_to_right))
     return fit
 
 
-def identities_of_texts(base: nn.Module, router: ClusterRouter, sample: RoutingFeatures) -> Identities:
+def identities_of_texts(
+    base: nn.Module, router: ClusterRouter, embeddings: torch.Tensor, ids: np.ndarray
+) -> Identities:
     """The clusters that a model holds, known by their evidence, for a fit that has no memory of the one before. A
-    model without evidence of its own gets that of the sampled texts whose states lie next to each centroid."""
+    model without evidence of its own gets that of the sampled texts (N, L) whose states (N, d) lie next to each
+    centroid."""
     count, vocab_size = router.num_clusters, base.config.vocab_size
     if not count:
         return Identities.none(vocab_size)
@@ -169,10 +171,10 @@ def identities_of_texts(base: nn.Module, router: ClusterRouter, sample: RoutingF
         table, shares = base.evidence_router.evidence[:, :count], base.evidence_router.log_shares[:count].exp()
         table, shares = table.cpu().numpy(), shares.cpu().numpy()
     else:
-        nearest = nearest_clusters(router, sample.embeddings)
+        nearest = nearest_clusters(router, embeddings)
         # a cluster that none of the texts is next to has a share nevertheless, and evidence of nothing
-        shares = (np.bincount(nearest, minlength=count) + 1.0) / (len(sample) + count)
-        table = Evidence.fit(sample.ids.numpy(), nearest, shares, vocab_size, np.zeros(len(sample), bool)).table
+        shares = (np.bincount(nearest, minlength=count) + 1.0) / (len(ids) + count)
+        table = Evidence.fit(ids, nearest, shares, vocab_size, np.zeros(len(ids), bool)).table
     experts = router.cluster_expert[:count].cpu().numpy().copy()
     return Identities(table.T.copy(), shares.astype(np.float32), experts, np.zeros(count, np.int64))
 
@@ -258,5 +260,6 @@ def fit_experts(
         read_batches_of(collector, model, batches, sample_size)
     finally:
         collector.detach()
-    metrics, _ = fit_layers(model, gather_features(collector.take()), settings, ClusterMemory())
+    texts = gather_texts(collector.texts.all())
+    metrics, _ = fit_layers(model, gather_features(collector.take()), settings, ClusterMemory(), texts=texts)
     return metrics

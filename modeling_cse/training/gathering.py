@@ -44,6 +44,11 @@ def gather_features(
     return {site: _joined([own[site] for own in everyone], newest) for site in features}
 
 
+def gather_texts(texts: RoutingFeatures | None, newest: int | None = None) -> RoutingFeatures | None:
+    """As `gather_features`, of what is kept once for all sites."""
+    return _joined(gather_objects(texts), newest)
+
+
 def _joined(parts: list[RoutingFeatures | None], newest: int | None) -> RoutingFeatures | None:
     found = [part for part in parts if part is not None and len(part)]
     if not found:
@@ -89,6 +94,7 @@ def rank() -> int:
 __all__ = [
     "gather_features",
     "gather_objects",
+    "gather_texts",
     "is_distributed",
     "local_capacity",
     "on_first_rank",

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -16,11 +16,13 @@ from torch import nn
 
 from ..clustering import Discriminant, FeatureStore, Identities, RoutingFeatures
 from ..dispatch_cse import Site
+from .collecting import TEXTS
 from .gathering import world_size
 
 
-# Of the file's form; another one cannot be read.
-VERSION = 1
+# Of the file's form; others cannot be read, but for that of release 0.1.0.
+VERSION = 2
+FIRST_RELEASE = 1
 
 
 def file_name(rank: int) -> str:
@@ -79,15 +81,15 @@ class ClusterMemory:
 
 
 def save_state(
-    folder: Path, rank: int, step: int, memory: ClusterMemory, stores: dict[Site, FeatureStore], base: nn.Module
+    folder: Path, rank: int, step: int, memory: ClusterMemory, stores: dict[str, FeatureStore], base: nn.Module
 ) -> None:
-    """Writes memory and collected features into a checkpoint folder, whole or not at all, with a checksum, and one of
-    the routing state that the model's own file holds."""
+    """Writes memory and collected features (`FeatureCollector.named_stores`) into a checkpoint folder, whole or not at
+    all, with a checksum, and one of the routing state that the model's own file holds."""
     named = memory.tensors()
-    for site, store in stores.items():
-        for kind, features in (("features", store.as_it_is()), ("older", store.older_texts())):
-            if features is not None:
-                named.update({f"{kind}.{site}.{name}": tensor for name, tensor in vars(features).items()})
+    for store_name, store in stores.items():
+        features = store.as_it_is()
+        if features is not None:
+            named.update({f"features.{store_name}.{name}": tensor for name, tensor in vars(features).items()})
     named = {name: tensor.contiguous() for name, tensor in named.items()}
     metadata = {
         "version": str(VERSION),
@@ -96,8 +98,8 @@ def save_state(
         "fits": str(memory.fits),
         "at_once": json.dumps(memory.at_once),
         "made_up": json.dumps(memory.made_up),
-        "seen": json.dumps({str(site): store.seen for site, store in stores.items()}),
-        "passes": json.dumps({str(site): store.passes for site, store in stores.items()}),
+        "seen": json.dumps({name: store.seen for name, store in stores.items()}),
+        "passes": json.dumps({name: store.passes for name, store in stores.items()}),
         "shapes": json.dumps(_shapes(base)),
         "routers": _digest(_routing_state(base), {}),
     }
@@ -106,14 +108,15 @@ def save_state(
 
 
 def load_state(
-    folder: Path, rank: int, step: int, memory: ClusterMemory, stores: dict[Site, FeatureStore], base: nn.Module
+    folder: Path, rank: int, step: int, memory: ClusterMemory, stores: dict[str, FeatureStore], base: nn.Module
 ) -> None:
     """
     Reads what `save_state` wrote. Nothing is taken up unless all of it is right.
 
     Raises:
-        ValueError: the file is cut short or was edited, belongs to another step, model or number of processes; or the
-            model's routing state is not the one that was saved with it. The message names the file.
+        ValueError: the file is cut short or was edited, belongs to another step, model or number of processes; it has
+            no texts where they are to be clustered; or the model's routing state is not the one that was saved with
+            it. The message names the file.
     """
     path = folder / file_name(rank)
     metadata = read_metadata(path)
@@ -136,19 +139,49 @@ def load_state(
             "the file of the weights was cut or edited, or comes from elsewhere."
         )
     named = load_file(path)
+    seen, passes = json.loads(metadata["seen"]), json.loads(metadata["passes"])
+    kept = {name: _features_of(named, f"features.{name}.") for name in seen}
+    if metadata["version"] == str(FIRST_RELEASE):
+        spoke = _texts_apart(kept, named, base.config.cse_routing == "evidence")
+        if spoke is not None:
+            seen[TEXTS], passes[TEXTS] = seen[spoke], passes[spoke]
+    if TEXTS in stores and TEXTS not in seen:
+        raise ValueError(
+            f"{path} is of a run that clustered hidden states, and holds no texts: algorithm='text' cannot go on from "
+            "there. Resume with the algorithm of that run, or start a new one from the checkpoint's model "
+            "(from_pretrained, warmup=0)."
+        )
     memory.fits = int(metadata["fits"])
-    memory.at_once = json.loads(metadata.get("at_once", "false"))  # release 0.1.0 did not say
+    memory.at_once = json.loads(metadata.get("at_once", "false"))  # the first release did not say
     memory.made_up = json.loads(metadata.get("made_up", "null"))  # nor this
     memory.load(named)
-    seen, passes = json.loads(metadata["seen"]), json.loads(metadata["passes"])
-    for site, store in stores.items():
-        features, older = _features_of(named, f"features.{site}."), _features_of(named, f"older.{site}.")
-        store.restore(features, seen[str(site)], passes[str(site)], older)
+    for name, store in stores.items():
+        store.restore(kept[name], seen[name], passes[name])
 
 
 def _features_of(named: dict[str, torch.Tensor], prefix: str) -> RoutingFeatures | None:
     fields = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
     return RoutingFeatures(**fields) if fields else None
+
+
+def _texts_apart(
+    kept: dict[str, RoutingFeatures | None], named: dict[str, torch.Tensor], by_evidence: bool
+) -> str | None:
+    """
+    Brings what a file of the first release holds into today's form, in place: there each site had the texts, those
+    before the sample too, and states of single tokens whatever read the routes.
+
+    Returns:
+        The site whose texts were taken; None where ids were not kept.
+    """
+    spoke = next((name for name, features in kept.items() if features is not None and features.ids.shape[1]), None)
+    if spoke is not None:
+        texts = [_features_of(named, f"older.{spoke}."), cast(RoutingFeatures, kept[spoke]).without_states()]
+        kept[TEXTS] = RoutingFeatures.concatenate([part for part in texts if part is not None])
+    for name, features in kept.items():
+        if features is not None and name != TEXTS:
+            kept[name] = (features.without_tokens() if by_evidence else features).without_ids()
+    return spoke
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -163,10 +196,10 @@ def read_metadata(path: Path) -> dict[str, str]:
             metadata, named = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:  # safetensors has no error class of its own for a broken file
         raise ValueError(f"{path} cannot be read, so the run cannot go on exactly from there: {error}") from error
-    if metadata.get("version") != str(VERSION):
+    if metadata.get("version") not in (str(FIRST_RELEASE), str(VERSION)):
         raise ValueError(
             f"{path} is clustering state of version {metadata.get('version')!r}; this release of modeling_cse reads "
-            f"version {str(VERSION)!r}."
+            f"versions {str(FIRST_RELEASE)!r} and {str(VERSION)!r}."
         )
     if metadata.pop("sha256", None) != _digest(named, metadata):
         raise ValueError(f"{path} was changed after it was written: its contents do not have its checksum.")

@@ -120,6 +120,13 @@ def test_sampled_tokens_are_valid_tokens_at_their_positions(side):
         torch.testing.assert_close(features.embeddings[row], own.mean(0))
 
 
+def test_where_no_token_is_wanted_means_and_absence_stay():
+    states, mask = torch.randn(3, 3, 8), torch.tensor([[1, 1, 1], [0, 0, 0], [1, 0, 0]])
+    with_tokens, without = (sample_features(states, SequenceScope.of(mask, None), m, 0).present() for m in (2, 0))
+    assert without.tokens.shape == (2, 0, 8) and without.positions.shape == (2, 1)
+    assert torch.equal(without.embeddings, with_tokens.embeddings)
+
+
 def test_sampled_tokens_of_packed_documents_stay_in_them():
     states = torch.randn(1, 12, 8)
     features = sample_features(states, SequenceScope.of(None, positions_of(3, 4, 5).unsqueeze(0)), 3, 0)
@@ -188,21 +195,24 @@ def written(*values: int) -> RoutingFeatures:
     return replace(numbered(*values), ids=ids)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 5, 8, 20])
-def test_of_the_texts_before_those_that_are_kept_whole_the_ids_stay(batch):
-    store = FeatureStore(5, texts=7)
-    for start in range(0, 40, batch):
-        store.add(written(*range(start, start + batch)))
-        assert len(store) <= 5 and store.all_texts().ids.flatten().tolist() == list(range(store.seen))[-12:]
-    assert store.older_texts().ids.flatten().tolist() == list(range(store.seen - 12, store.seen - 5))
-    assert store.older_texts().embeddings.numel() == store.older_texts().tokens.numel() == 0
-    again = FeatureStore(5, texts=7)
-    again.restore(store.as_it_is(), store.seen, store.passes, store.older_texts())
+def test_a_store_goes_on_from_what_a_checkpoint_holds():
+    store, again = FeatureStore(5), FeatureStore(5)
+    for value in range(7):
+        store.add(written(value))
+    again.restore(store.as_it_is(), store.seen, store.passes)
     for one in (store, again):
         one.add(written(100))
-    assert torch.equal(again.all_texts().ids, store.all_texts().ids)
-    store.clear()
-    assert store.all_texts() is None and store.older_texts() is None
+    for name, tensor in vars(store.as_it_is()).items():
+        assert torch.equal(vars(again.as_it_is())[name], tensor), name
+    assert again.seen == 8 and again.all().ids.flatten().tolist() == [3, 4, 5, 6, 100]
+
+
+def test_texts_are_kept_without_states_and_states_without_texts():
+    whole = written(1, 2)
+    texts, states = whole.without_states(), whole.without_ids()
+    assert texts.embeddings.numel() == texts.tokens.numel() == 0 and texts.ids.tolist() == [[1], [2]]
+    assert states.ids.shape == (2, 0) and torch.equal(states.embeddings, whole.embeddings)
+    assert len(texts.present()) == len(states.present()) == 2
 
 
 def drifting(count=400, width=6, seed=0):

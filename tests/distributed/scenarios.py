@@ -22,7 +22,7 @@ from modeling_cse import ClusterExpertsCallback
 from modeling_cse.sharding_cse import is_sharded, whole
 from modeling_cse.training import warmup
 from modeling_cse.training.consistency import GradientConsistency
-from modeling_cse.training.gathering import gather_features, rank, world_size
+from modeling_cse.training.gathering import gather_features, gather_texts, rank, world_size
 
 
 GLOBAL_BATCH = 8
@@ -42,7 +42,8 @@ class SampleWatcher(ClusterExpertsCallback):
         site = self._sites()[-1]
         store = self.collector.stores[site]
         sample = gather_features({site: store.as_it_is()}, self.sample_size)[site]
-        numbers = sample.labels if sample.ids.shape[1] == 0 else sample.ids
+        texts = gather_texts(self.collector.texts.as_it_is(), self.sample_size)
+        numbers = sample.labels if texts is None else texts.ids
         self.samples.append((numbers.tolist(), sample.embeddings))
         self.kept.append(0 if store.all() is None else len(store.all()))
         metrics = super()._fit(optimizer)

@@ -16,6 +16,7 @@ from transformers import default_data_collator
 
 from modeling_cse import ClusterExpertsCallback
 from modeling_cse.training import FeatureCollector, ahead
+from modeling_cse.training.collecting import TEXTS
 
 
 TEXT = {"common_share": 0.4, "num_clusters": 3, "sample_size": 32, "warmup": 0, "recluster_every": 4}
@@ -50,7 +51,8 @@ def samples(monkeypatch) -> list:
 
 
 def texts(samples: list) -> list[torch.Tensor]:
-    return [next(iter(sample.values())).ids for sample in samples]
+    """The tokens of the samples, without those before them that evidence is counted on."""
+    return [sample[TEXTS].ids[-len(next(iter(sample.values()))) :] for sample in samples]
 
 
 def test_the_next_fit_is_not_left_with_what_came_since(tmp_path, samples):

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_model
-from tiny_runs import fit_steps, history, make_trainer, rows, settings, train
+from tiny_runs import fit_steps, history, make_trainer, note_samples, rows, settings, train
 
 from modeling_cse import ClusterExpertsCallback
 from modeling_cse.clustering.evidence import Evidence
 from modeling_cse.evidence_cse import LARGEST
-from modeling_cse.training import callback as module
-from modeling_cse.training.gathering import gather_features
+from modeling_cse.training.collecting import TEXTS
 
 
 DATA = rows(length=24)
@@ -29,37 +28,34 @@ def callback(**changes) -> ClusterExpertsCallback:
 
 
 @pytest.fixture
-def gathered(monkeypatch) -> list:
-    """What the fits of a run look at: samples, and where there are more the texts behind evidence, in turn."""
-    noted = []
-
-    def note(*args):
-        noted.append(next(iter(gather_features(*args).values())))
-        return gather_features(*args)
-
-    monkeypatch.setattr(module, "gather_features", note)
-    return noted
+def samples(monkeypatch) -> list:
+    """What the fits of a run look at."""
+    return note_samples(monkeypatch)
 
 
 @pytest.mark.parametrize(
     ("size", "counted"), [(24, [16, 24, 24, 24]), (40, [16, 32, 40, 40]), (None, [16, 32, 48, 48])]
 )
-def test_the_texts_before_a_sample_are_kept(tmp_path, gathered, size, counted):
+def test_the_texts_before_a_sample_are_kept(tmp_path, samples, size, counted):
     """A step reads eight texts. By default three samples are counted."""
     trainer = train(tmp_path, callback(evidence_size=size), model=evidence_model(), data=DATA, max_steps=9)
     assert fit_steps(trainer) == [2, 4, 6, 8]
-    samples, texts = gathered[::2], gathered[1::2]
-    assert [len(each) for each in samples] == [16] * 4 and [len(each) for each in texts] == counted
-    assert all(torch.equal(text.ids[-16:], sample.ids) for text, sample in zip(texts, samples, strict=True))
+    texts = [sample.pop(TEXTS) for sample in samples]
+    assert [len(each) for sample in samples for each in sample.values()] == [16] * 8
+    assert [len(each) for each in texts] == counted
     assert torch.equal(texts[1].ids[: counted[1] - 16], texts[0].ids[16 - counted[1] :][: counted[1] - 16])
-    assert all(text.embeddings.shape[1] == text.tokens.shape[2] == 0 for text in texts), "states are not kept"
+    for sample, text in zip(samples, texts, strict=True):
+        for states in sample.values():
+            assert torch.equal(states.passes, text.passes[-16:]), "the last ones are the sample"
+            assert states.ids.numel() == states.tokens.numel() == 0, "once for all sites; no state of a single token"
+        assert text.embeddings.shape[1] == text.tokens.shape[2] == 0
 
 
-def test_between_distant_fits_texts_are_read_as_long_as_they_are_wanted(tmp_path, gathered):
+def test_between_distant_fits_texts_are_read_as_long_as_they_are_wanted(tmp_path, samples):
     seldom = callback(evidence_size=32, recluster_every=6)
     train(tmp_path, seldom, model=evidence_model(), data=DATA, max_steps=9)
-    assert [len(each) for each in gathered[1::2]] == [16, 32]
-    assert gathered[3].passes.unique().numel() == 4, "the last four of six steps"
+    assert [len(sample[TEXTS]) for sample in samples] == [16, 32]
+    assert samples[1][TEXTS].passes.unique().numel() == 4, "the last four of six steps"
 
 
 def test_evidence_is_of_all_texts_and_clusters_are_of_the_sample(tmp_path, monkeypatch):
@@ -84,14 +80,18 @@ def test_evidence_is_of_all_texts_and_clusters_are_of_the_sample(tmp_path, monke
     assert len(more) == 24 and fit_steps(whole) == fit_steps(alone)
 
 
-def test_of_the_sample_alone_nothing_else_is_kept(tmp_path, gathered):
+def test_of_the_sample_alone_nothing_else_is_kept(tmp_path, samples):
     trainer = train(tmp_path, callback(evidence_size=16), model=evidence_model(), data=DATA, max_steps=9)
-    assert fit_steps(trainer) == [2, 4, 6, 8] and [len(each) for each in gathered] == [16] * 4
+    assert fit_steps(trainer) == [2, 4, 6, 8] and [len(sample[TEXTS]) for sample in samples] == [16] * 4
 
 
-def test_routes_that_count_no_tokens_keep_the_sample_alone(tmp_path, gathered):
-    train(tmp_path, callback(), model=tiny_model("gpt2", cse_routing="discriminant"), data=DATA, max_steps=9)
-    assert [len(each) for each in gathered] == [16] * 4
+@pytest.mark.parametrize(("algorithm", "texts"), [("text", [16] * 4), ("kmeans", [None] * 4)])
+def test_routes_that_count_no_tokens_keep_the_sample_alone(tmp_path, samples, algorithm, texts):
+    model, by_size = tiny_model("gpt2", cse_routing="discriminant"), {"common_by": None}
+    train(tmp_path, callback(algorithm=algorithm, **by_size), model=model, data=DATA, max_steps=9)
+    assert [sample[TEXTS] and len(sample[TEXTS]) for sample in samples] == texts
+    states = next(iter(samples[0].values()))
+    assert len(states) == 16 and states.tokens.shape[1] == 8, "for the discriminant"
 
 
 def test_labels_that_come_with_the_texts_count_them(tmp_path, monkeypatch):

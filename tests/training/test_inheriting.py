@@ -60,9 +60,9 @@ def features(ids: torch.Tensor) -> RoutingFeatures:
 
 
 def fit(model, memory: ClusterMemory, clusters: int, ids: torch.Tensor):
-    settings = ClusterSettings("text", clusters, common_share=0.4)
-    sample = {site: features(ids) for site in model.transformer.routed_modules()}
-    return fit_layers(model, sample, settings, memory)
+    settings, sampled = ClusterSettings("text", clusters, common_share=0.4), features(ids)
+    sample = {site: sampled.without_ids() for site in model.transformer.routed_modules()}
+    return fit_layers(model, sample, settings, memory, texts=sampled.without_states())
 
 
 @pytest.mark.parametrize("combine", ["add", "replace"])

@@ -1,7 +1,9 @@
 # Copyright 2026 The modeling_cse authors. Licensed under the Apache License, Version 2.0.
 """Promises of runs with clusters of texts: found, resumed to the bit, kept without memory, refused where wrong."""
 
+import json
 import shutil
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,12 +14,16 @@ from tiny_runs import history, make_trainer, rows, settings, train
 
 from modeling_cse import ClusterExpertsCallback, fit_experts, from_dense
 from modeling_cse.clustering import RoutingFeatures
+from modeling_cse.training import memory
+from modeling_cse.training.checkpoints import CHECKSUMS
+from modeling_cse.training.collecting import TEXTS
 from modeling_cse.training.memory import ClusterMemory
 
 
 # Of three domains the first is common.
 TEXT = {"algorithm": "text", "common_share": 0.4, "num_clusters": 3, "sample_size": 32}
 LENGTH = 24  # of a text: in fewer tokens these vocabularies hardly meet themselves again
+FIELDS = [field.name for field in fields(RoutingFeatures)]
 DOMAINS = torch.tensor((0, 0, 0, 0, 1, 1, 2, 2))
 
 
@@ -123,6 +129,37 @@ def test_memory_of_texts_comes_back_from_its_tensors(whole):
     assert all(torch.equal(again[name], named[name]) for name in again)
     memory.load({})
     assert memory.texts is None
+
+
+def test_a_clustering_state_of_the_first_release_is_taken_up(whole, tmp_path):
+    """There each site had the texts, and states of single tokens."""
+    place = checkpoint(whole, tmp_path, 5)
+    path = place / "cluster_state_rank0.safetensors"
+    named, metadata = load_file(path), memory.read_metadata(path)
+    texts = {name: named.pop(f"features.{TEXTS}.{name}") for name in FIELDS}
+    seen, passes = json.loads(metadata["seen"]), json.loads(metadata["passes"])
+    sample = len(named["features.layer_1/ffn.embeddings"])
+    assert len(texts["ids"]) == 40 and sample == 32 and seen.pop(TEXTS) == 40 and passes.pop(TEXTS)
+    for site in seen:
+        for name, tensor in texts.items():
+            named[f"older.{site}.{name}"] = tensor[:-sample].clone()
+        named[f"features.{site}.ids"] = texts["ids"][-sample:].clone()
+        named[f"features.{site}.tokens"] = torch.ones(sample, 8, 32)
+        named[f"features.{site}.positions"] = torch.zeros(sample, 8, dtype=torch.int64)
+    metadata |= {"version": "1", "seen": json.dumps(seen), "passes": json.dumps(passes)}
+    metadata["sha256"] = memory._digest(named, metadata)
+    save_file(named, path, metadata=metadata)
+    (place / CHECKSUMS).unlink(missing_ok=True)
+    assert history(run(tmp_path, resume=str(place), **SAVING)) == history(whole[1])
+
+
+def test_a_sample_of_states_alone_is_refused_where_texts_are_clustered(tmp_path):
+    """They could not be told from its states."""
+    model = tiny_model("gpt2", cse_routing="discriminant")
+    train(tmp_path, callback(algorithm="kmeans", common_by=None), model=model, **SAVING)
+    again = callback(algorithm="text")
+    with pytest.raises(ValueError, match="checkpoint-3.*holds no texts: algorithm='text' cannot go on"):
+        train(tmp_path, again, model=model, resume=str(tmp_path / "checkpoint-3"), **SAVING)
 
 
 def test_evidence_of_another_fit_is_refused(whole, tmp_path):
