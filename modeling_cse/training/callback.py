@@ -152,6 +152,11 @@ class ClusterExpertsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model, optimizer=None, **kwargs
     ):
+        if self.trainer is not None and self.trainer.args is not args:
+            raise ValueError(
+                "trainer is another one than the callback was last attached to, to which its metrics would go: call "
+                "attach(trainer) with the one that trains."
+            )
         refuse_replicas(args)
         self.detach()
         self.plan, self.saves = None, CheckpointSaves()

@@ -164,6 +164,17 @@ def test_logging_seldom_does_not_move_the_loss(tmp_path):
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [5, 10]
 
 
+def test_metrics_of_one_trainer_never_go_to_another(tmp_path):
+    callback = ClusterExpertsCallback(**settings())
+    first, second = (make_trainer(tmp_path / name, callback) for name in "ab")
+    with pytest.raises(ValueError, match=r"call attach\(trainer\) with the one that trains"):
+        first.train()
+    second.train()
+    assert fit_steps(second) and not fit_steps(first)
+    callback.attach(first).trainer.train()
+    assert fit_steps(first) == fit_steps(second)
+
+
 def test_attaching_twice_adds_one_callback(tmp_path):
     callback = ClusterExpertsCallback(**settings())
     trainer = make_trainer(tmp_path, callback)
