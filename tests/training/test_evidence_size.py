@@ -12,7 +12,7 @@ from tiny_runs import fit_steps, history, make_trainer, note_samples, rows, sett
 from modeling_cse import ClusterExpertsCallback
 from modeling_cse.clustering.evidence import Evidence
 from modeling_cse.evidence_cse import LARGEST
-from modeling_cse.training.collecting import TEXTS
+from modeling_cse.training.collecting import TEXTS, FeatureCollector
 
 
 DATA = rows(length=24)
@@ -49,6 +49,28 @@ def test_the_texts_before_a_sample_are_kept(tmp_path, samples, size, counted):
             assert torch.equal(states.passes, text.passes[-16:]), "the last ones are the sample"
             assert states.ids.numel() == states.tokens.numel() == 0, "once for all sites; no state of a single token"
         assert text.embeddings.shape[1] == text.tokens.shape[2] == 0
+
+
+def test_texts_and_states_of_a_sample_are_of_the_same_sequences():
+    """Batches of five rows, of which the last six are the sample and the last ten are counted."""
+    model, ids = evidence_model().eval(), torch.stack([row["input_ids"] for row in DATA[:15]])
+
+    def collect(batches):
+        collector = FeatureCollector(model, 6, training_only=False, with_ids=True, texts=10)
+        collector.attach()
+        collector.enabled = True
+        with torch.no_grad():
+            for batch in batches:
+                model(input_ids=batch)
+        collector.detach()
+        return collector
+
+    collector = collect(ids.split(5))
+    texts = collector.texts.all()
+    assert torch.equal(texts.ids, ids[-10:].int())
+    alone = collect(text.long().unsqueeze(0) for text in texts.ids[-6:])
+    for site, store in collector.stores.items():
+        torch.testing.assert_close(store.all().embeddings, alone.stores[site].all().embeddings)
 
 
 def test_between_distant_fits_texts_are_read_as_long_as_they_are_wanted(tmp_path, samples):
